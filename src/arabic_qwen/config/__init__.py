@@ -1,0 +1,28 @@
+"""Configuration classes, one per training method."""
+
+import os
+
+from arabic_qwen.config.base import BaseConfig
+from arabic_qwen.config.sft import SFTConfig
+from arabic_qwen.config.yaml_io import read_config_file
+from arabic_qwen.errors import ConfigurationError
+
+__all__ = ["METHOD_CONFIGS", "BaseConfig", "SFTConfig", "load_config"]
+
+METHOD_CONFIGS: dict[str, type[BaseConfig]] = {cls.method: cls for cls in (SFTConfig,)}
+
+
+def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> BaseConfig:
+    """Read the YAML file of a run; its `method:` picks the class.
+
+    Raises:
+        ConfigurationError: as :meth:`BaseConfig.from_yaml`, or `method:` is missing or unknown.
+    """
+    values = read_config_file(path, overrides or [])
+    method = values.pop("method", None)
+    known = ", ".join(METHOD_CONFIGS)
+    if method is None:
+        raise ConfigurationError(f"{path}: method: is missing; add a line `method: NAME`, one of {known}")
+    if method not in METHOD_CONFIGS:
+        raise ConfigurationError(f"{path}: method: {method!r} is unknown; choose one of {known}")
+    return METHOD_CONFIGS[method].from_values(values, str(path))

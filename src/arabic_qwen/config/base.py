@@ -1,0 +1,228 @@
+"""The parameters that every training method shares."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import pydantic
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from arabic_qwen.config.yaml_io import dump_yaml, read_config_file
+from arabic_qwen.errors import ConfigurationError
+
+Self = TypeVar("Self", bound="BaseConfig")
+
+# YAML 1.1 reads a bare `no` as False.
+Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(lambda v: "no" if v is False else v)]
+Text = Annotated[str, BeforeValidator(lambda v: os.fspath(v) if isinstance(v, os.PathLike) else v)]
+TorchDtype = Annotated[
+    Literal["bfloat16", "float16", "float32"],
+    BeforeValidator(lambda v: str(v).removeprefix("torch.")),  # torch.bfloat16 itself is accepted too
+]
+
+
+class BaseConfig(BaseModel):
+    """Model, data, LoRA, optimisation and run parameters; see each field's description.
+
+    Unknown keys, bad values and contradictions raise :class:`ConfigurationError`, at construction and at
+    assignment; a refused assignment leaves the old value in place.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), use_enum_values=True)
+
+    method: ClassVar[str]
+    #: Heading printed before a field in the commented YAML of `arabic-qwen init`.
+    sections: ClassVar[dict[str, str]] = {
+        "model_name": "Model and data",
+        "torch_dtype": "Precision and quantisation",
+        "use_lora": "LoRA",
+        "learning_rate": "Optimisation",
+        "evaluation_strategy": "Evaluation and saving",
+        "logging_steps": "Logging",
+        "dataloader_num_workers": "Data loading and several GPUs",
+    }
+
+    model_name: Text = Field(
+        "Qwen/Qwen2.5-7B", description="Hub id, local folder, or the output folder of an earlier run"
+    )
+    dataset_path: Text = Field("data/training.jsonl", description="Training file (JSON Lines), or sample:sft")
+    eval_dataset_path: Text | None = Field(
+        None, description="Validation file; unset: validation_split of the training file"
+    )
+    validation_split: float = Field(
+        0.1, ge=0, lt=1, description="Share of rows held out for validation, chosen by data_seed"
+    )
+    output_dir: Text = Field("./checkpoints", description="Where the run is written; unset: ./checkpoints/<method>")
+    overwrite_output_dir: bool = Field(False, description="Discard the run that output_dir holds and start again")
+
+    max_seq_length: int = Field(
+        512, ge=8, description="Longest sequence, in tokens; longer ones are cut at the end and counted"
+    )
+    torch_dtype: TorchDtype = Field("bfloat16", description="Precision of frozen weights and of computation")
+    bf16: bool = Field(False, description="Compute in bfloat16 whatever torch_dtype says")
+    fp16: bool = Field(False, description="Compute in float16 whatever torch_dtype says (CUDA only)")
+    load_in_4bit: bool = Field(False, description="NF4-quantised base model (CUDA and bitsandbytes)")
+    load_in_8bit: bool = Field(False, description="int8-quantised base model (CUDA and bitsandbytes)")
+    use_flash_attention: bool = Field(
+        True, description="Variable-length flash attention on CUDA; false: PyTorch SDPA per sequence"
+    )
+
+    use_lora: bool = Field(True, description="Train LoRA adapters; false: train all weights")
+    lora_r: int = Field(16, ge=1, description="Rank of the adapters")
+    lora_alpha: int = Field(32, ge=1, description="Scale of the adapters: alpha / r")
+    lora_dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the adapters' input")
+    lora_target_modules: list[str] | Literal["all-linear"] = Field(
+        ["q_proj", "v_proj"], description="Names of the linear layers that get adapters, or all-linear"
+    )
+    lora_bias: Literal["none", "all", "lora_only"] = Field("none", description="Biases to train")
+    lora_task_type: Literal["CAUSAL_LM"] = Field("CAUSAL_LM", description="PEFT task type")
+    merge_and_save: bool = Field(
+        False, description="Save the model with the adapters merged into it, instead of adapters only"
+    )
+
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate")
+    num_train_epochs: int | float = Field(3, gt=0, description="Passes over the training set")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; null: from num_train_epochs")
+    per_device_train_batch_size: int = Field(4, ge=1, description="Training sequences per device and accumulation step")
+    per_device_eval_batch_size: int = Field(8, ge=1, description="Evaluation sequences per device and step")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Batches per optimizer step")
+    token_budget: int | None = Field(
+        None, ge=1, description="Tokens computed at a time; changes speed and memory, never results; unset: by device"
+    )
+    lr_scheduler_type: str = Field("linear", description="Learning-rate schedule, by its transformers name")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradient-norm clipping; 0: none")
+    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass to save memory")
+    seed: int = Field(42, ge=0, description="Seed of initialisation and dropout")
+    data_seed: int | None = Field(42, ge=0, description="Seed of the split and the data order; null: seed")
+
+    evaluation_strategy: Strategy = Field("steps", description="When to evaluate: no, steps, epoch")
+    eval_steps: int = Field(500, ge=1, description="Steps between evaluations")
+    save_strategy: Strategy = Field("steps", description="When to save checkpoints: no, steps, epoch")
+    save_steps: int = Field(1000, ge=1, description="Steps between checkpoints")
+    save_total_limit: int | None = Field(3, ge=1, description="Checkpoints kept; null: all")
+    load_best_model_at_end: bool = Field(True, description="End with the checkpoint that evaluated best")
+    metric_for_best_model: str = Field("eval_loss", description="Metric that decides which is best; lower is better")
+    early_stopping_patience: int | None = Field(
+        3, ge=1, description="Evaluations without improvement before stopping; null: never"
+    )
+    early_stopping_threshold: float = Field(
+        0.0, ge=0, description="Smallest change of the metric that counts as improvement"
+    )
+
+    logging_steps: int = Field(10, ge=1, description="Steps between log lines")
+    report_to: str | list[str] = Field("none", description="Also log to wandb, tensorboard, mlflow …")
+    run_name: str | None = Field(None, description="Name of the run in those services")
+    callbacks: list[Any] = Field(
+        default_factory=list, exclude=True, description="Further transformers.TrainerCallback objects (Python only)"
+    )
+
+    dataloader_num_workers: int = Field(0, ge=0, description="Processes that pack batches ahead of the training step")
+    dataloader_pin_memory: bool = Field(True, description="Page-locked batches, for faster copies to CUDA")
+    group_by_length: bool = Field(False, description="Put sequences of similar length into one batch")
+    length_column_name: str = Field(
+        "length", description="Column with the token count in datasets given to custom trainers"
+    )
+    ddp_backend: Literal["nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"] | None = Field(
+        None, description="Backend of torch.distributed; null: by device"
+    )
+    ddp_find_unused_parameters: bool | None = Field(None, description="Passed to DistributedDataParallel")
+    deepspeed: Text | None = Field(None, description="DeepSpeed configuration file")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            raise self._translate(error) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = dict(self.__dict__)
+        try:
+            super().__setattr__(name, value)
+        except pydantic.ValidationError as error:
+            self.__dict__.update(before)
+            raise self._translate(error) from None
+
+    @pydantic.model_validator(mode="after")
+    def _check_combinations(self: Self) -> Self:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit are both true; set one of them to false")
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 are both true; set one of them to false")
+        if (self.load_in_4bit or self.load_in_8bit) and not self.use_lora:
+            raise ValueError("a quantised model can only be trained with adapters; set use_lora to true")
+        return self
+
+    @classmethod
+    def _unknown_key(cls, name: str) -> ConfigurationError:
+        close = difflib.get_close_matches(name, cls.model_fields, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "`arabic-qwen init " + cls.method + "` lists the keys"
+        return ConfigurationError(f"{name}: unknown key of {cls.__name__}; {hint}")
+
+    @classmethod
+    def _translate(cls, error: pydantic.ValidationError) -> ConfigurationError:
+        """All problems of a pydantic error, one a line."""
+        problems = []
+        for item in error.errors():
+            key = str(item["loc"][0]) if item["loc"] else ""
+            if item["type"] in ("extra_forbidden", "no_such_attribute"):
+                problems.append(str(cls._unknown_key(key)))
+            else:
+                message = item["msg"].removeprefix("Value error, ")
+                message = message[0].lower() + message[1:]
+                problems.append(f"{key}: {message}, got {item['input']!r}" if key else message)
+        return ConfigurationError("\n".join(dict.fromkeys(problems)))
+
+    @property
+    def resolved_output_dir(self) -> str:
+        """`output_dir`, or `./checkpoints/<method>` where it was left unset."""
+        return self.output_dir if "output_dir" in self.model_fields_set else f"./checkpoints/{self.method}"
+
+    @classmethod
+    def from_yaml(cls: type[Self], path: str | os.PathLike, overrides: list[str] | None = None) -> Self:
+        """Read a YAML file; `overrides` are `key=value` strings that win over it.
+
+        `${NAME}` and `${NAME:-default}` in values are replaced from the environment.
+
+        Raises:
+            ConfigurationError: the file is missing or not YAML, is for another method, or has bad keys or values.
+        """
+        values = read_config_file(path, overrides or [])
+        method = values.pop("method", cls.method)
+        if method != cls.method:
+            raise ConfigurationError(f"{path}: method: {method!r} is not {cls.method!r}, which {cls.__name__} is for")
+        return cls.from_values(values, str(path))
+
+    @classmethod
+    def from_values(cls: type[Self], values: dict[str, Any], source: str) -> Self:
+        """Build from a dict; errors name `source`, the file that the values come from."""
+        try:
+            return cls(**values)
+        except ConfigurationError as error:
+            raise ConfigurationError("\n".join(f"{source}: {line}" for line in str(error).splitlines())) from None
+
+    def to_yaml(self, path: str | os.PathLike) -> None:
+        """Write every value except `callbacks` and an unset `output_dir`; `from_yaml` reads it back equal."""
+        values = {"method": self.method, **self.model_dump()}
+        if "output_dir" not in self.model_fields_set:
+            del values["output_dir"]
+        Path(path).write_text(dump_yaml(values), encoding="utf-8")
+
+    @classmethod
+    def commented_yaml(cls) -> str:
+        """All fields with their defaults and descriptions, as YAML to edit."""
+        lines = [f"method: {cls.method}"]
+        for name, field in cls.model_fields.items():
+            if field.exclude:
+                continue
+            if name in cls.sections:
+                lines += ["", f"# {cls.sections[name]}"]
+            if name == "output_dir":
+                lines.append(f"output_dir: ./checkpoints/{cls.method}  # {field.description}")
+            else:
+                lines.append(f"{dump_yaml({name: field.default}).rstrip()}  # {field.description}")
+        return "\n".join(lines) + "\n"

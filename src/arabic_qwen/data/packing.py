@@ -1,0 +1,148 @@
+"""The packed batch: groups of one prompt and its completions, laid end to end without padding."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+class Completion(NamedTuple):
+    """Token ids [length] that continue a prompt, and which of them are targets [length, bool]."""
+
+    ids: np.ndarray
+    targets: np.ndarray
+
+
+class Group(NamedTuple):
+    """A prompt's token ids [length ≥ 1] and the completions that share it."""
+
+    prompt: np.ndarray
+    completions: tuple[Completion, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the group takes in the stream: the prompt counts once."""
+        return len(self.prompt) + sum(len(completion.ids) for completion in self.completions)
+
+
+def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put items into few bins of `capacity`: longest first, each into the fullest bin that still has room.
+
+    Returns the items' indices by bin; an item longer than `capacity` gets a bin of its own.
+    """
+    bins: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # room left -> bins
+    rooms: list[int] = []  # the keys of by_room, ascending
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        position = bisect.bisect_left(rooms, lengths[item])
+        if position < len(rooms):
+            room = rooms[position]
+            index = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[position]
+        else:
+            room, index = max(capacity, lengths[item]), len(bins)
+            bins.append([])
+        bins[index].append(item)
+        room -= lengths[item]
+        if room not in by_room:
+            by_room[room] = []
+            bisect.insort(rooms, room)
+        by_room[room].append(index)
+    return bins
+
+
+@dataclasses.dataclass
+class PackedBatch:
+    """One token stream of N tokens with S attention segments, T targets and C completions.
+
+    A group of one completion is one segment. A group of several has a segment for the prompt and one for each
+    completion, whose keys and values are the prompt's followed by its own (`kv_index`).
+    """
+
+    input_ids: torch.Tensor  # [N] int64
+    position_ids: torch.Tensor  # [N] int64; each completion continues its prompt's positions
+    query_lengths: list[int]  # S lengths that add up to N
+    key_lengths: list[int]  # S lengths that add up to M
+    cu_seqlens_q: torch.Tensor  # [S + 1] int32, cumulative query_lengths
+    cu_seqlens_k: torch.Tensor  # [S + 1] int32, cumulative key_lengths
+    kv_index: torch.Tensor | None  # [M] int64: stream position of each key; None where keys are the stream itself
+    target_index: torch.Tensor  # [T] int64: stream position whose hidden state predicts the target
+    target_ids: torch.Tensor  # [T] int64
+    target_completion: torch.Tensor  # [T] int64 in [0, C): the completion that the target belongs to
+    num_completions: int  # C
+
+    def _map_tensors(self, function) -> PackedBatch:
+        tensors = {k: function(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return dataclasses.replace(self, **tensors)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PackedBatch:
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
+
+
+def pack(groups: Sequence[Group]) -> PackedBatch:
+    """Lay groups end to end."""
+    assert groups and all(len(group.prompt) for group in groups)
+    ids, positions, kv_index, target_index, target_ids, target_completion = [], [], [], [], [], []
+    query_lengths: list[int] = []
+    key_lengths: list[int] = []
+    start = completion_number = 0
+    for prompt, completions in groups:
+        ids.append(prompt)
+        positions.append(np.arange(len(prompt)))
+        prompt_span = np.arange(start, start + len(prompt))
+        shared = len(completions) != 1
+        if shared:
+            query_lengths.append(len(prompt))
+            key_lengths.append(len(prompt))
+            kv_index.append(prompt_span)
+        start += len(prompt)
+        for completion in completions:
+            length = len(completion.ids)
+            ids.append(completion.ids)
+            positions.append(np.arange(len(prompt), len(prompt) + length))
+            span = np.arange(start, start + length)
+            if length or not shared:
+                query_lengths.append(length if shared else len(prompt) + length)
+                key_lengths.append(len(prompt) + length)
+                kv_index += [prompt_span, span]
+            predicted_from = np.append(prompt_span[-1], span[:-1])[:length]
+            target_index.append(predicted_from[completion.targets])
+            target_ids.append(completion.ids[completion.targets])
+            target_completion.append(np.full(int(completion.targets.sum()), completion_number))
+            start += length
+            completion_number += 1
+
+    def long(parts: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts or [np.empty(0)]).astype(np.int64))
+
+    def cumulative(lengths: list[int]) -> torch.Tensor:
+        return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+
+    return PackedBatch(
+        input_ids=long(ids),
+        position_ids=long(positions),
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+        cu_seqlens_q=cumulative(query_lengths),
+        cu_seqlens_k=cumulative(key_lengths),
+        kv_index=long(kv_index) if query_lengths != key_lengths else None,
+        target_index=long(target_index),
+        target_ids=long(target_ids),
+        target_completion=long(target_completion),
+        num_completions=completion_number,
+    )
+
+
+def micro_batches(groups: Sequence[Group], token_budget: int) -> list[PackedBatch]:
+    """Cut groups into few packed batches of at most `token_budget` tokens (a longer group stands alone)."""
+    bins = best_fit_decreasing([group.num_tokens for group in groups], token_budget)
+    return [pack([groups[i] for i in sorted(members)]) for members in bins]

@@ -1,0 +1,151 @@
+"""Chat templates, and conversations as token ids with a mask of what is learned.
+
+Every prompt format is a Jinja chat template on the tokenizer, so the one that a model was trained with is saved
+with it and used again for generation, evaluation and later stages.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from arabic_qwen.data.conversations import Message
+from arabic_qwen.data.packing import Completion, Group
+from arabic_qwen.errors import ConfigurationError
+
+CHATML = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+
+ALPACA = (
+    "{%- if messages[0]['role'] != 'system' %}"
+    "{{- 'Below is an instruction that describes a task. Write a response that appropriately completes the request.' }}"
+    "{%- endif %}"
+    "{%- for message in messages %}"
+    "{%- if message['role'] == 'system' %}{{- message['content'] }}"
+    "{%- elif message['role'] == 'user' %}{{- '\\n\\n### Instruction:\\n' + message['content'] + '\\n\\n' }}"
+    "{%- else %}{{- RESPONSE + message['content'] + eos_token }}"
+    "{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- RESPONSE }}{%- endif %}"
+)
+
+_END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, name: str, response_template: str) -> None:
+    """Give the tokenizer the chat template called `name`: alpaca, chatml, or tokenizer (keep its own).
+
+    Raises:
+        ConfigurationError: the tokenizer lacks what the template needs.
+    """
+    if name == "tokenizer":
+        if not tokenizer.chat_template:
+            raise ConfigurationError(
+                "instruction_template: 'tokenizer' needs a chat template, which this model's tokenizer lacks; "
+                "use chatml or alpaca"
+            )
+    elif name == "chatml":
+        if "<|im_end|>" not in tokenizer.get_vocab():
+            raise ConfigurationError(
+                "instruction_template: 'chatml' needs the token <|im_end|>, which this model's tokenizer lacks; use alpaca"
+            )
+        tokenizer.chat_template = CHATML
+    else:
+        tokenizer.chat_template = ALPACA.replace("RESPONSE", json.dumps(response_template, ensure_ascii=False))
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer: the tokenizer's end token and Qwen's, as far as it has them."""
+    vocabulary = tokenizer.get_vocab()
+    ids = {tokenizer.eos_token_id, *(vocabulary.get(token) for token in _END_TOKENS)}
+    return sorted(i for i in ids if i is not None)
+
+
+class Piece(NamedTuple):
+    """A stretch of the rendered conversation, and whether the assistant says it."""
+
+    text: str
+    is_answer: bool
+
+
+def render_pieces(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[list[Piece]]:
+    """Cut the rendered conversation into context, answer, context, answer …
+
+    An answer is what rendering adds when the assistant's turn is appended to its generation prompt. Some templates
+    (Qwen3's) render past turns differently from the last one: then each answer becomes a piece list of its own,
+    after the context that the model will see when it generates it.
+
+    Raises:
+        ValueError: a message holds a control token, or the template cannot render the conversation.
+    """
+    for message in messages:
+        for token in tokenizer.all_special_tokens:
+            if token in message["content"]:
+                raise ValueError(f"the {message['role']}'s text holds the control token {token}; remove it")
+
+    turns = []
+    for position, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = _render(tokenizer, messages[:position], add_generation_prompt=True)
+            after = _render(tokenizer, messages[: position + 1], add_generation_prompt=False)
+            if not after.startswith(before):
+                raise ValueError("the tokenizer's chat template changes the prompt once it is answered; use chatml")
+            turns.append((before, after))
+
+    one_text = all(later[0].startswith(earlier[1]) for earlier, later in itertools.pairwise(turns))
+    if not one_text:
+        return [[Piece(before, False), Piece(after[len(before) :], True)] for before, after in turns]
+    pieces, done = [], 0
+    for before, after in turns:
+        pieces += [Piece(before[done:], False), Piece(after[len(before) :], True)]
+        done = len(after)
+    return [pieces]
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses the conversation: {error}") from None
+
+
+def encode_pieces(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[Piece]]) -> list[Group]:
+    """Tokenise piece lists into groups of one prompt and one completion.
+
+    Each piece is tokenised by itself, as it is at generation time, so the mask follows from token positions: an
+    answer's tokens up to its end token are targets. Tokens after the last target are dropped.
+    """
+    ids = tokenizer([piece.text for pieces in conversations for piece in pieces], add_special_tokens=False).input_ids
+    ends = np.array(stop_token_ids(tokenizer))
+    encoded = iter(ids)
+    groups = []
+    for pieces in conversations:
+        prompt = np.array(next(encoded), dtype=np.int32)
+        tokens, targets = [], []
+        for piece in pieces[1:]:
+            piece_ids = np.array(next(encoded), dtype=np.int32)
+            mask = np.full(len(piece_ids), piece.is_answer)
+            if piece.is_answer:
+                end_positions = np.flatnonzero(np.isin(piece_ids, ends))
+                if len(end_positions):
+                    mask[end_positions[-1] + 1 :] = False
+                elif piece is pieces[-1]:
+                    piece_ids, mask = np.append(piece_ids, np.int32(tokenizer.eos_token_id)), np.append(mask, True)
+            tokens.append(piece_ids)
+            targets.append(mask)
+        completion, mask = np.concatenate(tokens), np.concatenate(targets)
+        last = np.flatnonzero(mask)[-1] + 1
+        groups.append(Group(prompt, (Completion(completion[:last], mask[:last]),)))
+    return groups

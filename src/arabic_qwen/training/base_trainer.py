@@ -1,0 +1,463 @@
+"""The pipeline that every training method shares, in the order in which it runs."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.integrations import get_available_reporting_integrations
+
+from arabic_qwen.config import BaseConfig, SFTConfig, load_config
+from arabic_qwen.data.conversations import Message
+from arabic_qwen.data.loaders import DATA_LOADERS, GroupDataset, SFTDataLoader, data_seed, to_padded
+from arabic_qwen.data.templates import set_template, stop_token_ids
+from arabic_qwen.errors import ConfigurationError, DatasetError, TrainingError
+from arabic_qwen.models import loading
+from arabic_qwen.training import checkpoints
+from arabic_qwen.training.callbacks import ProgressDisplay, RunLog
+from arabic_qwen.training.engine import PackedTrainer
+from arabic_qwen.training.objectives import OBJECTIVES
+from arabic_qwen.training.report import model_card
+
+
+class BaseTrainer:
+    """Trains, evaluates, saves, loads and generates with one model.
+
+    The method follows from the configuration's class. A subclass may override :meth:`_get_training_method` and
+    :meth:`create_trainer` to bring a method of its own, on any `transformers.Trainer`.
+
+    Args:
+        config: a configuration class, or any object with attributes of the same names. Attributes that are missing
+            get their defaults, except `model_name` and `dataset_path`.
+
+    Raises:
+        ConfigurationError: (a ValueError) `model_name` or `dataset_path` is missing, or a value is bad.
+    """
+
+    def __init__(self, config: Any):
+        for name in ("model_name", "dataset_path"):
+            if not hasattr(config, name):
+                raise ConfigurationError(f"{name} is required")
+        if not isinstance(config, BaseConfig):
+            for name, field in SFTConfig.model_fields.items():
+                if not hasattr(config, name):
+                    setattr(config, name, field.get_default(call_default_factory=True))
+        self.config = config
+        _validated(config)
+        self.logger = logging.getLogger(self.__class__.__name__)
+        self.model: Any = None  # PreTrainedModel, or PeftModel around one
+        self.tokenizer: Any = None  # PreTrainedTokenizerBase
+        self.trainer: Trainer | None = None
+        self.data_loader: SFTDataLoader | None = None
+        self.dataset: dict[str, Any] | None = None
+        self._source: str = config.model_name
+        self._model_is_trainable = True
+        self.metrics: dict[str, float] = {}
+        self.logger.info("Initialized %s", self.__class__.__name__)
+
+    def _get_training_method(self) -> str:
+        """Name of the training method: "sft"; anything that is not ours needs its own :meth:`create_trainer`."""
+        return _validated(self.config).method
+
+    # ---------------------------------------------------------------- the pipeline
+
+    def train(self) -> None:
+        """Run the whole pipeline and save the result in `output_dir`.
+
+        A run that stopped on the way goes on from its newest checkpoint; a finished one is loaded and left as it is.
+
+        Raises:
+            ConfigurationError, ModelLoadError, DatasetError: see the steps.
+        """
+        config = _validated(self.config)
+        output_dir = checkpoints.open_run(config)
+        if checkpoints.is_finished(output_dir):
+            self.logger.warning(
+                "%s holds this run, finished; set overwrite_output_dir to true to repeat it", output_dir
+            )
+            self.load_model(str(output_dir))
+            self.metrics = checkpoints.read_summary(output_dir)["metrics"]
+            return
+
+        if not self._model_is_trainable:  # load_model() brought it in for generation
+            self.model = None
+        self.setup_model_and_tokenizer()
+        if self.config.use_lora:
+            self.setup_lora()
+        self.dataset = self.load_and_validate_dataset()
+        training_args = self.get_training_arguments()
+        callbacks = self.get_callbacks()
+        self.trainer = self.create_trainer(self.dataset, training_args, callbacks)
+        self.trainer.remove_callback(PrinterCallback)  # ProgressDisplay says it better
+        result = self.trainer.train(resume_from_checkpoint=checkpoints.last_checkpoint(output_dir))
+
+        if "validation" in self.dataset:
+            self.evaluate()
+        self.save_model()
+        if self.trainer.is_world_process_zero():
+            summary = {"metrics": self.metrics, "train": result.metrics, "data": self._data_summary()}
+            checkpoints.finish_run(output_dir, summary)
+        self.logger.info("Saved to %s", output_dir)
+
+    def setup_model_and_tokenizer(self) -> None:
+        """Load model and tokenizer as `model_name`, precision and quantisation say; nothing if they are there.
+
+        `model_name` may be an earlier output: training then goes on with its weights or adapters.
+
+        Raises:
+            ModelLoadError: they cannot be loaded.
+            ConfigurationError: this machine lacks the precision or quantisation asked for.
+        """
+        if self.model is None:
+            self._setup_tokenizer()
+            self._load(trainable=True)
+
+    def _load(self, trainable: bool) -> None:
+        self.model = loading.load_model(self._source, _validated(self.config), trainable=trainable)
+        self._model_is_trainable = trainable
+        self._setup_padding_token()
+        self.model.generation_config.eos_token_id = stop_token_ids(self.tokenizer)
+        self.model.generation_config.pad_token_id = self.tokenizer.pad_token_id
+
+    def _setup_tokenizer(self) -> None:
+        if self.tokenizer is None:
+            self.tokenizer = loading.load_tokenizer(self._source)
+            chosen = "instruction_template" in _validated(self.config).model_fields_set
+            if chosen or not loading.is_run_output(self._source):  # else its own saved template
+                set_template(self.tokenizer, self.config.instruction_template, self.config.response_template)
+            self._setup_padding_token()
+
+    def _setup_padding_token(self) -> None:
+        """Pad with the end token if there is no pad token, end with the unknown token if there is no end token.
+
+        Grows the embedding where the tokenizer has more tokens than it.
+
+        Raises:
+            ConfigurationError: the tokenizer has neither.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer.eos_token is None:
+            if tokenizer.unk_token is None:
+                raise ConfigurationError(
+                    f"{self.config.model_name}: the tokenizer has neither an end nor an unknown token"
+                )
+            tokenizer.eos_token = tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if self.model is not None and len(tokenizer) > self.model.get_input_embeddings().num_embeddings:
+            self.model.resize_token_embeddings(len(tokenizer))
+
+    def setup_lora(self) -> None:
+        """Add LoRA adapters to the model; one that has adapters already (an earlier output) goes on with those.
+
+        Raises:
+            ConfigurationError: `lora_target_modules` names layers that the model lacks.
+        """
+        self.setup_model_and_tokenizer()
+        if isinstance(self.model, PeftModel):
+            self.logger.warning("%s has adapters, which training goes on with; lora_* are theirs", self._source)
+            return
+        self.model = loading.add_lora(self.model, self.config)
+
+    def get_data_loader(self) -> SFTDataLoader:
+        """The data loader of the training method; methods that are not ours read supervised data."""
+        self._setup_tokenizer()
+        loader = DATA_LOADERS.get(self._get_training_method(), SFTDataLoader)
+        self.data_loader = loader(_validated(self.config), self.tokenizer)
+        return self.data_loader
+
+    def load_and_validate_dataset(self) -> dict[str, Any]:
+        """Read, check and encode the data: {"train": …, "validation": …}, without the latter where it has no rows.
+
+        For a method that is not ours the splits are `datasets.Dataset` with padded `input_ids`, `attention_mask`
+        and `labels`.
+
+        Raises:
+            DatasetError: a file cannot be read, or has rows that cannot be trained on.
+        """
+        return {name: self._for_trainer(split) for name, split in self.get_data_loader().load().items()}
+
+    def _for_trainer(self, split: GroupDataset) -> Any:
+        if self._get_training_method() in OBJECTIVES:
+            return split
+        return to_padded(split, self.tokenizer.pad_token_id, self.config.length_column_name)
+
+    def get_training_arguments(self) -> TrainingArguments:
+        """The configuration in transformers' terms; contradictions are resolved and said in one log line.
+
+        Raises:
+            ConfigurationError: transformers refuses a value, or a package that it needs is missing.
+        """
+        config = _validated(self.config)
+        evaluation, save, best, save_steps = self._resolve_strategies(config)
+        self._check_reporters(config)
+        dtype = loading.compute_dtype(config)
+        try:
+            return TrainingArguments(
+                output_dir=config.resolved_output_dir,
+                learning_rate=config.learning_rate,
+                num_train_epochs=config.num_train_epochs,
+                max_steps=config.max_steps or -1,
+                per_device_train_batch_size=config.per_device_train_batch_size,
+                per_device_eval_batch_size=config.per_device_eval_batch_size,
+                gradient_accumulation_steps=config.gradient_accumulation_steps,
+                lr_scheduler_type=config.lr_scheduler_type,
+                warmup_steps=config.warmup_ratio,  # below 1 it is a ratio
+                weight_decay=config.weight_decay,
+                max_grad_norm=config.max_grad_norm,
+                logging_steps=config.logging_steps,
+                logging_nan_inf_filter=False,
+                eval_strategy=evaluation,
+                eval_steps=config.eval_steps,
+                save_strategy=save,
+                save_steps=save_steps,
+                save_total_limit=config.save_total_limit,
+                load_best_model_at_end=best,
+                metric_for_best_model=config.metric_for_best_model,
+                greater_is_better=False,
+                report_to=config.report_to,
+                run_name=config.run_name,
+                seed=config.seed,
+                data_seed=data_seed(config),
+                bf16=dtype is torch.bfloat16,
+                fp16=dtype is torch.float16,
+                use_cpu=not torch.cuda.is_available(),
+                gradient_checkpointing=config.gradient_checkpointing,
+                gradient_checkpointing_kwargs={"use_reentrant": False},
+                dataloader_num_workers=config.dataloader_num_workers,
+                dataloader_pin_memory=config.dataloader_pin_memory,
+                train_sampling_strategy="group_by_length" if config.group_by_length else "random",
+                length_column_name=config.length_column_name,
+                ddp_find_unused_parameters=config.ddp_find_unused_parameters,
+                ddp_backend=config.ddp_backend,
+                deepspeed=config.deepspeed,
+                disable_tqdm=True,
+            )
+        except (ValueError, ImportError, OSError) as error:
+            raise ConfigurationError(f"transformers refuses the configuration: {error}") from error
+
+    def _resolve_strategies(self, config: BaseConfig) -> tuple[str, str, bool, int]:
+        """(evaluation, saving, best model at the end, save_steps) that go together."""
+        evaluation, save, save_steps = config.evaluation_strategy, config.save_strategy, config.save_steps
+        best, changes = config.load_best_model_at_end, []
+        validation = (
+            "validation" in self.dataset if self.dataset else config.eval_dataset_path or config.validation_split
+        )
+        if evaluation != "no" and not validation:
+            evaluation = "no"
+            changes.append("no evaluation, for there are no validation rows")
+        if best and evaluation != save:
+            best = False
+            changes.append(
+                f"the last model is kept, not the best, for evaluation is {evaluation!r} and saving {save!r}"
+            )
+        if best and evaluation == "steps" and save_steps % config.eval_steps:
+            save_steps = math.ceil(save_steps / config.eval_steps) * config.eval_steps
+            changes.append(f"save_steps {save_steps}, a multiple of eval_steps, so that the best model is saved")
+        if changes:
+            self.logger.warning("Resolved: %s", "; ".join(changes))
+        return evaluation, save, best, save_steps
+
+    @staticmethod
+    def _check_reporters(config: BaseConfig) -> None:
+        wanted = [config.report_to] if isinstance(config.report_to, str) else config.report_to
+        for name in set(wanted) - {"none", "all"} - set(get_available_reporting_integrations()):
+            raise ConfigurationError(
+                f"report_to: {name!r} is not installed or unknown to transformers; pip install {name}"
+            )
+
+    def get_callbacks(self) -> list[TrainerCallback]:
+        """Progress, metrics file and loss curve, early stopping where it can work, then `config.callbacks`."""
+        own: list[TrainerCallback] = [ProgressDisplay(), RunLog()]
+        given = list(self.config.callbacks)
+        evaluation, _, best, _ = self._resolve_strategies(_validated(self.config))
+        stoppers = [callback for callback in given if isinstance(callback, EarlyStoppingCallback)]
+        if evaluation == "no" or not best:
+            if stoppers:
+                self.logger.warning("Resolved: no early stopping, which needs evaluation and load_best_model_at_end")
+            given = [callback for callback in given if callback not in stoppers]
+        elif not stoppers and self.config.early_stopping_patience is not None:
+            patience, threshold = self.config.early_stopping_patience, self.config.early_stopping_threshold
+            own.append(EarlyStoppingCallback(patience, threshold))
+        return own + given
+
+    def create_trainer(
+        self, dataset: Mapping[str, Any], training_args: TrainingArguments, callbacks: list[TrainerCallback]
+    ) -> Trainer:
+        """The packed engine with the method's objective; overridden for methods that are not ours.
+
+        Raises:
+            NotImplementedError: the method is not ours and the subclass does not override this.
+        """
+        method = self._get_training_method()
+        if method not in OBJECTIVES:
+            raise NotImplementedError(f"{type(self).__name__} must override create_trainer for its method {method!r}")
+        metric = self.config.metric_for_best_model
+        known = ["eval_loss", *(f"eval_{name}" for name in OBJECTIVES[method].derived_metrics(0.0))]
+        if training_args.load_best_model_at_end and metric not in known:
+            raise ConfigurationError(
+                f"metric_for_best_model: {metric!r} is not measured; choose from {', '.join(known)}"
+            )
+        return PackedTrainer(
+            objective=OBJECTIVES[method],
+            token_budget=self.config.token_budget or (8192 if torch.cuda.is_available() else 2048),
+            sequence_capacity=self.config.max_seq_length if getattr(self.config, "packing", False) else None,
+            model=self.model,
+            args=training_args,
+            train_dataset=dataset["train"],
+            eval_dataset=dataset.get("validation"),
+            processing_class=self.tokenizer,
+            callbacks=callbacks,
+        )
+
+    # ---------------------------------------------------------------- saving and loading
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Save adapters or the full model (merged with `merge_and_save`), tokenizer, configuration and model card.
+
+        Args:
+            output_dir: folder to write; None: the run's.
+        """
+        if self.model is None:
+            raise TrainingError("there is no model to save; call train() or load_model() first")
+        if self.trainer is not None and not self.trainer.is_world_process_zero():
+            return
+        config = _validated(self.config)
+        folder = Path(output_dir or config.resolved_output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder)
+        merge = config.merge_and_save and isinstance(self.model, PeftModel)
+        if merge:
+            merged = loading.merged_copy(self.model, config, folder)
+            for adapter_file in folder.glob("adapter_*"):
+                adapter_file.unlink()
+            merged.generation_config = self.model.generation_config
+            merged.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        config.model_copy(update={"output_dir": str(folder)}).to_yaml(folder / loading.RUN_CONFIG)
+        adapter = isinstance(self.model, PeftModel) and not merge
+        card = model_card(config, self.metrics, self._data_summary(), adapter=adapter)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    def _data_summary(self) -> dict[str, str]:
+        """One line on each split."""
+        return {
+            name: split.summary() if isinstance(split, GroupDataset) else f"{len(split):,} examples"
+            for name, split in (self.dataset or {}).items()
+        }
+
+    def load_model(self, model_path: str) -> None:
+        """Load a model or adapter to generate, to evaluate, or to train on.
+
+        From the output folder of an earlier run its prompt format and system prompt are restored too.
+
+        Raises:
+            ModelLoadError: it cannot be loaded.
+        """
+        if loading.is_run_output(model_path):
+            saved = load_config(Path(model_path, loading.RUN_CONFIG))
+            for name in ("instruction_template", "response_template", "system_prompt"):
+                setattr(self.config, name, getattr(saved, name))
+        self.tokenizer, self.trainer = None, None
+        self._source = model_path
+        self._setup_tokenizer()
+        self._load(trainable=False)
+
+    # ---------------------------------------------------------------- evaluation and generation
+
+    def evaluate(self, eval_dataset: Iterable[Mapping[str, Any]] | str | None = None) -> dict[str, float]:
+        """Metrics on a dataset: `eval_loss` (nats per target token) and `eval_perplexity`.
+
+        Args:
+            eval_dataset: rows in any layout that training reads (a `datasets.Dataset`, a list of dicts), the path of
+                a file, or a split of :meth:`load_and_validate_dataset`; None: the validation split.
+
+        Raises:
+            DatasetError: there are no validation rows, or rows that cannot be read.
+        """
+        self.setup_model_and_tokenizer()
+        split: Any = eval_dataset
+        if eval_dataset is None:
+            self.dataset = self.dataset or self.load_and_validate_dataset()
+            split = self.dataset.get("validation")
+            if split is None:
+                raise DatasetError("there are no validation rows; set validation_split or eval_dataset_path")
+        elif not isinstance(eval_dataset, GroupDataset):
+            split = self._for_trainer(self.get_data_loader().encode(eval_dataset))
+        if self.trainer is None:
+            self.trainer = self.create_trainer({"train": split, "validation": split}, self.get_training_arguments(), [])
+        measured = self.trainer.evaluate(split)
+        metrics = {k: v for k, v in measured.items() if k.startswith("eval_") and not k.endswith(_TIMINGS)}
+        if eval_dataset is None:
+            self.metrics = metrics
+        return metrics
+
+    def predict(self, text: str | list[str], max_length: int = 512, **kwargs: Any) -> Any:
+        """Answer a prompt, or several at once, in the prompt format that the model was trained with.
+
+        Args:
+            text: what the user says; a list is answered in batches of `per_device_eval_batch_size`.
+            max_length: new tokens at most.
+            kwargs: for `generate()`: do_sample, temperature, top_p, top_k, repetition_penalty …
+
+        Returns:
+            The answer, or a list of answers.
+        """
+        texts = [text] if isinstance(text, str) else text
+        system = [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
+        answers = self.respond([[*system, {"role": "user", "content": t}] for t in texts], max_length, **kwargs)
+        return answers[0] if isinstance(text, str) else answers
+
+    @torch.inference_mode()
+    def respond(self, conversations: list[list[Message]], max_length: int = 512, **kwargs: Any) -> list[str]:
+        """The assistant's next turn in each conversation; arguments as for :meth:`predict`."""
+        if self.model is None:
+            self.setup_model_and_tokenizer()
+        self.model.eval()
+        prompts = [
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            for messages in conversations
+        ]
+        answers = [""] * len(prompts)
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        size = self.config.per_device_eval_batch_size
+        for batch in (by_length[i : i + size] for i in range(0, len(prompts), size)):
+            inputs = self.tokenizer(
+                [prompts[i] for i in batch],
+                add_special_tokens=False,
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+            ).to(self.model.device)
+            output = self.model.generate(**inputs, max_new_tokens=max_length, **kwargs)
+            texts = self.tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+            for i, answer in zip(batch, texts, strict=True):
+                answers[i] = answer.strip()
+        return answers
+
+
+_TIMINGS = ("_runtime", "_per_second", "_time")
+
+
+def _validated(config: Any) -> BaseConfig:
+    """The configuration as a class of ours; bad values raise ConfigurationError."""
+    if isinstance(config, BaseConfig):
+        return config
+    given = {}
+    for name, field in SFTConfig.model_fields.items():
+        value = getattr(config, name)
+        if value != field.get_default(call_default_factory=True):
+            given[name] = value
+    return SFTConfig(**given)

@@ -1,0 +1,73 @@
+"""What a run shows while it goes on, and what it leaves behind: progress, metrics.jsonl, loss curve."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from arabic_qwen.training.report import METRICS_FILE, draw_loss_curve, read_metrics
+
+
+class ProgressDisplay(TrainerCallback):
+    """A bar with live loss and time left on a terminal, one line a log entry elsewhere; on rank 0 only."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.bar: Progress | None = None
+        self.losses: dict[str, float] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started, self.first_step = time.monotonic(), state.global_step
+        if state.is_world_process_zero and self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self.bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self.console)
+            self.bar.start()
+            self.task = self.bar.add_task("Training", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.losses |= {name: logs[name] for name in ("loss", "eval_loss") if name in logs}
+        text = " · ".join(f"{name} {value:.4f}" for name, value in self.losses.items())
+        if self.bar:
+            self.bar.update(self.task, description=f"Training · {text}")
+        elif state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
+            steps = state.global_step - getattr(self, "first_step", state.global_step)
+            left = ""
+            if steps:
+                seconds = (time.monotonic() - self.started) / steps * (state.max_steps - state.global_step)
+                left = f" · {int(seconds // 60)}:{int(seconds % 60):02} left"
+            self.console.print(f"step {state.global_step}/{state.max_steps} · {text}{left}", highlight=False)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+
+class RunLog(TrainerCallback):
+    """Appends every log entry to `metrics.jsonl` and draws `loss_curve.png` at the end of training."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            path = Path(args.output_dir, METRICS_FILE)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # After a resume, entries of the steps that are done again go.
+            kept = [entry for entry in read_metrics(path) if 0 < entry["step"] <= state.global_step]
+            path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            with Path(args.output_dir, METRICS_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **logs}) + "\n")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            draw_loss_curve(Path(args.output_dir))

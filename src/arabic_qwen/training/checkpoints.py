@@ -1,0 +1,76 @@
+"""What an output folder holds, and whether a run may write into it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from arabic_qwen.config import BaseConfig
+from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.models.loading import RUN_CONFIG
+from arabic_qwen.training.report import LOSS_CURVE, METRICS_FILE
+
+SUMMARY = "run_summary.json"  # written last: a folder that has it holds a finished run
+
+# May differ when a run goes on: they do not change what is learned.
+_HARMLESS = {"overwrite_output_dir", "report_to", "run_name", "logging_steps", "output_dir"}
+
+
+def open_run(config: BaseConfig) -> Path:
+    """Make the output folder ready for `config` and record it there.
+
+    An earlier run with the same settings stays, to be continued or found finished.
+
+    Raises:
+        ConfigurationError: the folder holds a run with other settings, or cannot be written.
+    """
+    folder = Path(config.resolved_output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if config.overwrite_output_dir:
+            _discard(folder)
+        record = folder / RUN_CONFIG
+        if record.is_file() and (is_finished(folder) or last_checkpoint(folder)):
+            _check_same(config, type(config).from_yaml(record), folder)
+        config.model_copy(update={"output_dir": str(folder)}).to_yaml(record)
+    except OSError as error:
+        raise ConfigurationError(f"output_dir: {folder} cannot be written ({error.strerror}); choose another") from None
+    return folder
+
+
+def _check_same(new: BaseConfig, old: BaseConfig, folder: Path) -> None:
+    before, after = old.model_dump(), new.model_dump()
+    changed = [f"{k}: {before[k]!r} → {after[k]!r}" for k in after if before[k] != after[k] and k not in _HARMLESS]
+    if changed:
+        raise ConfigurationError(
+            f"output_dir: {folder} holds a run with other settings ({'; '.join(changed)}); "
+            "choose another output_dir, or set overwrite_output_dir to true to discard that run"
+        )
+
+
+def _discard(folder: Path) -> None:
+    """Remove what a run wrote, and nothing else."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    for name in (SUMMARY, METRICS_FILE, LOSS_CURVE, RUN_CONFIG):
+        (folder / name).unlink(missing_ok=True)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    return get_last_checkpoint(str(folder))
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / SUMMARY).is_file()
+
+
+def finish_run(folder: Path, summary: dict[str, Any]) -> None:
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))

@@ -1,0 +1,71 @@
+"""The files that tell what a run did: loss curve and model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from matplotlib.figure import Figure
+
+import arabic_qwen
+from arabic_qwen.config import BaseConfig
+
+METRICS_FILE = "metrics.jsonl"
+LOSS_CURVE = "loss_curve.png"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics file; none where it does not exist."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def draw_loss_curve(run_dir: Path) -> Path | None:
+    """Draw training and validation loss over steps from `metrics.jsonl`; None where there is nothing to draw."""
+    entries = read_metrics(run_dir / METRICS_FILE)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label in (("loss", "training"), ("eval_loss", "validation")):
+        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+    if not axes.lines:
+        return None
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=run_dir.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run_dir / LOSS_CURVE, dpi=120)
+    return run_dir / LOSS_CURVE
+
+
+def model_card(config: BaseConfig, metrics: dict[str, float], data: dict[str, str], *, adapter: bool) -> str:
+    """README.md of an output folder, in the hub's format.
+
+    Args:
+        config: the run's configuration.
+        metrics: final evaluation metrics; may be empty.
+        data: one line on each split.
+        adapter: whether the folder holds adapters, not a whole model.
+    """
+    header = ["---", "language: ar", "library_name: " + ("peft" if adapter else "transformers")]
+    header += [f"base_model: {config.model_name}", f"tags: [arabic-qwen, {config.method}]", "---"]
+    what = "LoRA adapters for" if adapter else "Full weights, fine-tuned from"
+    lines = [*header, "", f"# {Path(config.resolved_output_dir).name}", ""]
+    lines += [f"{what} `{config.model_name}`, trained with {config.method.upper()} by Arabic Qwen.", "", "## Data", ""]
+    lines += [f"- {name}, `{config.dataset_path}`: {summary}" for name, summary in data.items()] or ["- not recorded"]
+    lines += ["", "## Results", ""]
+    if metrics:
+        lines += ["| metric | value |", "|---|---|", *(f"| {k} | {v:.4f} |" for k, v in metrics.items())]
+    else:
+        lines += ["No validation rows, so no metrics."]
+    lines += ["", f"![loss curve]({LOSS_CURVE})", "", "## Hyper-parameters", "", "| name | value |", "|---|---|"]
+    lines += [f"| {name} | {json.dumps(value, ensure_ascii=False)} |" for name, value in config.model_dump().items()]
+    lines += ["", "## Use", "", "```python", "from arabic_qwen.training.base_trainer import BaseTrainer"]
+    lines += [f"from arabic_qwen.config import {type(config).__name__}", ""]
+    lines += [f"trainer = BaseTrainer({type(config).__name__}())", 'trainer.load_model("path/to/this/folder")']
+    lines += ['print(trainer.predict("ما عاصمة الأردن؟", max_length=64))', "```", "", "## Versions", ""]
+    versions = {"arabic-qwen": arabic_qwen, "transformers": transformers, "torch": torch}
+    lines += [f"- {name} {module.__version__}" for name, module in versions.items()]
+    return "\n".join(lines) + "\n"
