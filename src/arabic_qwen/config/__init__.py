@@ -23,6 +23,6 @@ def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> 
     known = ", ".join(METHOD_CONFIGS)
     if method is None:
         raise ConfigurationError(f"{path}: method: is missing; add a line `method: NAME`, one of {known}")
-    if method not in METHOD_CONFIGS:
+    if not isinstance(method, str) or method not in METHOD_CONFIGS:
         raise ConfigurationError(f"{path}: method: {method!r} is unknown; choose one of {known}")
     return METHOD_CONFIGS[method].from_values(values, str(path))

@@ -31,7 +31,9 @@ class BaseConfig(BaseModel):
     assignment; a refused assignment leaves the old value in place.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), use_enum_values=True)
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, protected_namespaces=(), use_enum_values=True, allow_inf_nan=False
+    )
 
     method: ClassVar[str]
     #: Heading printed before a field in the commented YAML of `arabic-qwen init`.
@@ -133,18 +135,19 @@ class BaseConfig(BaseModel):
     ddp_find_unused_parameters: bool | None = Field(None, description="Passed to DistributedDataParallel")
     deepspeed: Text | None = Field(None, description="DeepSpeed configuration file")
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except pydantic.ValidationError as error:
             raise self._translate(error) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        before = dict(self.__dict__)
+        before, set_before = dict(self.__dict__), set(self.__pydantic_fields_set__)
         try:
             super().__setattr__(name, value)
         except pydantic.ValidationError as error:
             self.__dict__.update(before)
+            object.__setattr__(self, "__pydantic_fields_set__", set_before)
             raise self._translate(error) from None
 
     @pydantic.model_validator(mode="after")
@@ -200,6 +203,8 @@ class BaseConfig(BaseModel):
     @classmethod
     def from_values(cls: type[Self], values: dict[str, Any], source: str) -> Self:
         """Build from a dict; errors name `source`, the file that the values come from."""
+        if "callbacks" in values:
+            raise ConfigurationError(f"{source}: callbacks: are Python objects; set them in Python")
         try:
             return cls(**values)
         except ConfigurationError as error:

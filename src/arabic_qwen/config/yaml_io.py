@@ -11,20 +11,34 @@ import yaml
 
 from arabic_qwen.errors import ConfigurationError
 
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+_VARIABLE = re.compile(r"\$(\$\{)|\$\{(\w+)(?::-([^}]*))?\}")  # `$${` stands for `${` itself
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is written twice, of which YAML would quietly keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value}: is there twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
 
 
 class _OneLineDumper(yaml.SafeDumper):
-    """One line a key: lists in brackets, line breaks in strings escaped."""
+    """One line a key: lists in brackets, line breaks and `${` in strings escaped."""
+
+
+def _represent_str(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    style = '"' if re.search("[\n\r\x85\u2028\u2029]", value) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value.replace("${", "$${"), style=style)
 
 
 _OneLineDumper.add_representer(
     list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
 )
-_OneLineDumper.add_representer(
-    str,
-    lambda dumper, value: dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if "\n" in value else None),
-)
+_OneLineDumper.add_representer(str, _represent_str)
 
 
 def dump_yaml(values: dict[str, Any]) -> str:
@@ -59,11 +73,11 @@ def read_config_file(path: str | os.PathLike, overrides: list[str]) -> dict[str,
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
-        reason = getattr(error, "problem", None) or str(error)
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigurationError(f"{where}: not valid YAML ({reason}); check indentation, quotes and colons") from None
 
 
@@ -74,7 +88,9 @@ def _substitute(value: Any, source: str) -> Any:
         return value
 
     def lookup(match: re.Match) -> str:
-        name, default = match.groups()
+        literal, name, default = match.groups()
+        if literal:
+            return literal
         found = os.environ.get(name) or default  # like the shell, `:-` also replaces an empty value
         if found is None:
             raise ConfigurationError(
@@ -82,4 +98,8 @@ def _substitute(value: Any, source: str) -> Any:
             )
         return found
 
-    return _parse(_VARIABLE.sub(lookup, value), source)
+    text = _VARIABLE.sub(lookup, value)
+    # Fields read numbers and booleans from text; null and lists they do not.
+    if _VARIABLE.fullmatch(value) and (text in ("", "null", "~") or text.startswith("[")):
+        return _parse(text, source)
+    return text

@@ -68,18 +68,20 @@ class SFTDataLoader:
         Raises:
             DatasetError: a file cannot be read, or has rows that cannot be trained on (each is named).
         """
-        rows = read_rows(self.config.dataset_path)
-        if self.config.eval_dataset_path:
-            splits = {"train": rows, "validation": read_rows(self.config.eval_dataset_path)}
-        else:
-            train, validation = split_rows(rows, self.config.validation_split, data_seed(self.config))
-            splits = {"train": train} | ({"validation": validation} if validation else {})
-        encoded = {name: self.encode(rows) for name, rows in splits.items()}
+        encoded = {name: self.encode(rows) for name, rows in self.split().items()}
         for name, dataset in encoded.items():
             logger.info("%s: %s", name, dataset.summary())
             if dataset.truncated:
                 logger.warning("%s: raise max_seq_length to keep whole examples", name)
         return encoded
+
+    def split(self) -> dict[str, list[Row]]:
+        """The rows of each split as they stand in the files."""
+        rows = read_rows(self.config.dataset_path)
+        if self.config.eval_dataset_path:
+            return {"train": rows, "validation": read_rows(self.config.eval_dataset_path)}
+        train, validation = split_rows(rows, self.config.validation_split, data_seed(self.config))
+        return {"train": train} | ({"validation": validation} if validation else {})
 
     def encode(self, rows: Iterable[Row | Mapping[str, Any]] | str | os.PathLike) -> GroupDataset:
         """Encode rows, plain dicts (a `datasets.Dataset` too), or a file.

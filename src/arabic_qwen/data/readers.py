@@ -25,20 +25,27 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
     """Read a JSON Lines file; blank lines are skipped.
 
     Raises:
-        DatasetError: the file is missing, not UTF-8, empty, or has lines that are not JSON objects (all are named).
+        DatasetError: the file is missing or empty, or has lines that are not JSON objects in UTF-8 (all are named).
     """
     path = _resolve(path)
     rows, problems = [], []
     try:
-        with path.open(encoding="utf-8-sig") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
                 where = f"{path}:{number}"
                 try:
-                    values = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    problems.append(f"{where}: not valid JSON ({getattr(error, 'msg', 'nested too deeply')})")
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                    if not text:
+                        continue
+                    values = json.loads(text)
+                except UnicodeDecodeError as error:
+                    problems.append(f"{where}: is not UTF-8 text (byte {error.start + 1}: {error.reason})")
+                    continue
+                except RecursionError:
+                    problems.append(f"{where}: not valid JSON (nested too deeply)")
+                    continue
+                except ValueError as error:  # json's own error, or a number of more digits than Python reads
+                    problems.append(f"{where}: not valid JSON ({getattr(error, 'msg', error)})")
                     continue
                 if isinstance(values, dict):
                     rows.append(Row(where, values))
@@ -46,9 +53,7 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
                     problems.append(f"{where}: must be a JSON object, found a {type(values).__name__}")
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read ({error.strerror}); check dataset_path") from None
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path}: is not UTF-8 text ({error.reason}); convert it to UTF-8") from None
-    raise_problems(problems, "write one JSON object per line")
+    raise_problems(problems, "write one JSON object per line, in UTF-8")
     if not rows:
         raise DatasetError(f"{path}: holds no rows; write one JSON object per line")
     return rows

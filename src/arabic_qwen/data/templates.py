@@ -88,8 +88,10 @@ def render_pieces(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     Raises:
         ValueError: a message holds a control token, or the template cannot render the conversation.
     """
+    # all_special_tokens lacks those of the vocabulary that the tokenizer's configuration does not name.
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     for message in messages:
-        for token in tokenizer.all_special_tokens:
+        for token in special.union(tokenizer.all_special_tokens):
             if token in message["content"]:
                 raise ValueError(f"the {message['role']}'s text holds the control token {token}; remove it")
 
@@ -127,6 +129,8 @@ def encode_pieces(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[li
     Each piece is tokenised by itself, as it is at generation time, so the mask follows from token positions: an
     answer's tokens up to its end token are targets. Tokens after the last target are dropped.
     """
+    if not conversations:
+        return []
     ids = tokenizer([piece.text for pieces in conversations for piece in pieces], add_special_tokens=False).input_ids
     ends = np.array(stop_token_ids(tokenizer))
     encoded = iter(ids)

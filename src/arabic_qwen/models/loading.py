@@ -121,10 +121,11 @@ def load_model(name: str, config: BaseConfig, *, trainable: bool) -> PreTrainedM
     base = resolve_model_name(_base_of(path)) if is_adapter(path) else path
     quantization = _quantization(config)
     full = trainable and not config.use_lora
+    dtype = torch.float32 if full else compute_dtype(config)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             base,
-            dtype=torch.float32 if full else compute_dtype(config),
+            dtype=dtype,
             quantization_config=quantization,
             device_map={"": device()} if quantization else None,
             trust_remote_code=False,
@@ -140,7 +141,8 @@ def load_model(name: str, config: BaseConfig, *, trainable: bool) -> PreTrainedM
         adapted = PeftModel.from_pretrained(model, path, is_trainable=trainable and config.use_lora)
     except Exception as error:
         raise _load_error(name, "adapter", error) from error
-    return adapted.merge_and_unload() if full else adapted
+    # PEFT has frozen the base model.
+    return adapted.merge_and_unload().requires_grad_(True) if full else adapted
 
 
 def add_lora(model: PreTrainedModel, config: BaseConfig) -> PeftModel:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import logging
 import math
 from collections.abc import Iterable, Mapping
@@ -30,6 +32,14 @@ from arabic_qwen.training.callbacks import ProgressDisplay, RunLog
 from arabic_qwen.training.engine import PackedTrainer
 from arabic_qwen.training.objectives import OBJECTIVES
 from arabic_qwen.training.report import model_card
+
+# transformers is renaming its argument.
+_CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in {field.name for field in dataclasses.fields(TrainingArguments)}
+)
+_TIMINGS = ("_runtime", "_per_second", "_time")
 
 
 class BaseTrainer:
@@ -83,7 +93,7 @@ class BaseTrainer:
         """
         config = _validated(self.config)
         output_dir = checkpoints.open_run(config)
-        if checkpoints.is_finished(output_dir):
+        if checkpoints.is_finished(output_dir) and not config.overwrite_output_dir:
             self.logger.warning(
                 "%s holds this run, finished; set overwrite_output_dir to true to repeat it", output_dir
             )
@@ -202,7 +212,7 @@ class BaseTrainer:
         """
         config = _validated(self.config)
         evaluation, save, best, save_steps = self._resolve_strategies(config)
-        self._check_reporters(config)
+        self._check_packages(config)
         dtype = loading.compute_dtype(config)
         try:
             return TrainingArguments(
@@ -234,8 +244,7 @@ class BaseTrainer:
                 bf16=dtype is torch.bfloat16,
                 fp16=dtype is torch.float16,
                 use_cpu=not torch.cuda.is_available(),
-                gradient_checkpointing=config.gradient_checkpointing,
-                gradient_checkpointing_kwargs={"use_reentrant": False},
+                **{_CHECKPOINTING: config.gradient_checkpointing, f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False}},
                 dataloader_num_workers=config.dataloader_num_workers,
                 dataloader_pin_memory=config.dataloader_pin_memory,
                 train_sampling_strategy="group_by_length" if config.group_by_length else "random",
@@ -271,7 +280,12 @@ class BaseTrainer:
         return evaluation, save, best, save_steps
 
     @staticmethod
-    def _check_reporters(config: BaseConfig) -> None:
+    def _check_packages(config: BaseConfig) -> None:
+        if config.deepspeed:
+            if not Path(config.deepspeed).is_file():
+                raise ConfigurationError(f"deepspeed: {config.deepspeed} does not exist; give a DeepSpeed JSON file")
+            if importlib.util.find_spec("deepspeed") is None:
+                raise ConfigurationError("deepspeed: needs its package; pip install 'arabic-qwen[deepspeed]'")
         wanted = [config.report_to] if isinstance(config.report_to, str) else config.report_to
         for name in set(wanted) - {"none", "all"} - set(get_available_reporting_integrations()):
             raise ConfigurationError(
@@ -446,9 +460,6 @@ class BaseTrainer:
             for i, answer in zip(batch, texts, strict=True):
                 answers[i] = answer.strip()
         return answers
-
-
-_TIMINGS = ("_runtime", "_per_second", "_time")
 
 
 def _validated(config: Any) -> BaseConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,15 @@ _HARMLESS = {"overwrite_output_dir", "report_to", "run_name", "logging_steps", "
 def open_run(config: BaseConfig) -> Path:
     """Make the output folder ready for `config` and record it there.
 
-    An earlier run with the same settings stays, to be continued or found finished.
+    An earlier run with the same settings stays, to be continued or found finished. Of several processes only the first
+    writes; the others can rely on it once the process group is up.
 
     Raises:
         ConfigurationError: the folder holds a run with other settings, or cannot be written.
     """
     folder = Path(config.resolved_output_dir)
+    if not is_first_process():
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if config.overwrite_output_dir:
@@ -40,6 +44,10 @@ def open_run(config: BaseConfig) -> Path:
     except OSError as error:
         raise ConfigurationError(f"output_dir: {folder} cannot be written ({error.strerror}); choose another") from None
     return folder
+
+
+def is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate launch
 
 
 def _check_same(new: BaseConfig, old: BaseConfig, folder: Path) -> None:

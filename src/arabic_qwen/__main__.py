@@ -1,0 +1,3 @@
+from arabic_qwen.cli import main
+
+main()
