@@ -24,6 +24,7 @@ from arabic_qwen.errors import ConfigurationError
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1000  # rows tokenised at a time
+_REMEDY = "correct or remove these rows"
 
 
 @dataclasses.dataclass
@@ -68,7 +69,9 @@ class SFTDataLoader:
         Raises:
             DatasetError: a file cannot be read, or has rows that cannot be trained on (each is named).
         """
-        encoded = {name: self.encode(rows) for name, rows in self.split().items()}
+        problems: list[str] = []
+        encoded = {name: self._encode(rows, problems) for name, rows in self.split().items()}
+        raise_problems(problems, _REMEDY)
         for name, dataset in encoded.items():
             logger.info("%s: %s", name, dataset.summary())
             if dataset.truncated:
@@ -91,11 +94,18 @@ class SFTDataLoader:
         """
         given: Iterable = read_rows(rows) if isinstance(rows, (str, os.PathLike)) else rows
         numbered = [r if isinstance(r, Row) else Row(f"row {i}", dict(r)) for i, r in enumerate(given)]
-        dataset, problems = GroupDataset([]), []
-        show_bar = len(numbered) > _CHUNK and sys.stderr.isatty()
-        for start in track(range(0, len(numbered), _CHUNK), "Tokenising", disable=not show_bar, transient=True):
+        problems: list[str] = []
+        dataset = self._encode(numbered, problems)
+        raise_problems(problems, _REMEDY)
+        return dataset
+
+    def _encode(self, rows: list[Row], problems: list[str]) -> GroupDataset:
+        """Encode what can be encoded; say in `problems` why the rest cannot."""
+        dataset = GroupDataset([])
+        show_bar = len(rows) > _CHUNK and sys.stderr.isatty()
+        for start in track(range(0, len(rows), _CHUNK), "Tokenising", disable=not show_bar, transient=True):
             places, conversations = [], []
-            for where, values in numbered[start : start + _CHUNK]:
+            for where, values in rows[start : start + _CHUNK]:
                 try:
                     messages = to_conversation(values, getattr(self.config, "system_prompt", None))
                     pieces = render_pieces(self.tokenizer, messages)
@@ -108,7 +118,6 @@ class SFTDataLoader:
                 problem = self._fit(group, dataset)
                 if problem:
                     problems.append(f"{where}: {problem}")
-        raise_problems(problems, "correct or remove these rows")
         return dataset
 
     def _fit(self, group: Group, dataset: GroupDataset) -> str | None:

@@ -1,0 +1,87 @@
+"""Every Python block and every command of README and docs runs, with the embedded model in place of the 7B."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ASSETS = Path(str(files("arabic_qwen") / "assets"))
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder where `Qwen/Qwen2.5-7B` and the data files that the pages name exist."""
+    (tmp_path / "Qwen").mkdir()
+    (tmp_path / "Qwen" / "Qwen2.5-7B").symlink_to(ASSETS / "arabic-qwen-tiny")
+    (tmp_path / "data").mkdir()
+    rows = (ASSETS / "sft.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:24]
+    for name in ("training", "sft_arabic"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path
+
+
+def run(command, folder):
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=540)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run_in_order(page, workplace):
+    code = blocks(page, "python")
+    if not code:
+        pytest.skip("no Python on this page")
+    script = workplace / "page.py"
+    # the page as one program; its top-level names carry over from block to block, as a reader would have it
+    script.write_text('if __name__ == "__main__":\n    pass\n' + "\n".join(code), encoding="utf-8")
+    run([sys.executable, str(script)], workplace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_run(page, workplace):
+    lines = [line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    for line in lines:
+        if line.startswith("make "):
+            assert line.removeprefix("make ") in targets
+        elif "benchmarks/" in line:
+            assert (ROOT / re.search(r"benchmarks/\w+\.py", line)[0]).is_file()
+        else:
+            run(["bash", "-e", "-o", "pipefail", "-c", line], workplace)
+
+
+def test_json_blocks_are_rows_that_training_reads(workplace):
+    from arabic_qwen.data.conversations import to_conversation
+
+    for page in PAGES:
+        for block in blocks(page, "json"):
+            for line in block.splitlines():
+                assert to_conversation(json.loads(line))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_example_script(workplace):
+    output = run([sys.executable, str(ROOT / "examples" / "sft_training.py")], workplace)
+    assert "eval_loss" in output and "ما عاصمة الأردن؟" in output
+
+
+def test_deepspeed_configuration_is_json():
+    assert json.loads((ROOT / "configs" / "deepspeed_zero2.json").read_text())["zero_optimization"]["stage"] == 2

@@ -1,0 +1,112 @@
+"""What only a CUDA device shows: flash attention against a float64 reference, precision, quantisation."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from arabic_qwen.config import SFTConfig
+from arabic_qwen.data.packing import Completion, Group, pack
+from arabic_qwen.models.attention import _segments, _varlen
+from arabic_qwen.training.base_trainer import BaseTrainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def random_groups(count, max_completions):
+    rng = np.random.default_rng(0)
+
+    def tokens(low, high):
+        return rng.integers(0, 300, rng.integers(low, high), dtype=np.int32)
+
+    groups = []
+    for _ in range(count):
+        answers = [tokens(1, 90) for _ in range(rng.integers(1, max_completions + 1))]
+        groups.append(Group(tokens(1, 120), tuple(Completion(a, np.ones(len(a), dtype=bool)) for a in answers)))
+    return groups
+
+
+@pytest.mark.parametrize("heads", [(28, 4, 128), (14, 2, 64), (16, 8, 128)])
+@pytest.mark.parametrize("max_completions", [1, 4])
+def test_flash_attention_is_exact(heads, max_completions):
+    query_heads, key_heads, dim = heads
+    batch = pack(random_groups(20, max_completions)).to("cuda")
+    torch.manual_seed(0)
+    shapes = [(len(batch.input_ids), h, dim) for h in (query_heads, key_heads, key_heads)]
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+    upstream = torch.randn(shapes[0], device="cuda", dtype=torch.bfloat16)
+
+    def run(attend, dtype):
+        q, k, v = (t.to(dtype).requires_grad_() for t in inputs)
+        keys, values = (k, v) if batch.kv_index is None else (k[batch.kv_index], v[batch.kv_index])
+        output = attend(q, keys, values, batch, dim**-0.5)
+        output.backward(upstream.to(dtype))
+        return [output, q.grad, k.grad, v.grad]
+
+    for ours, exact in zip(run(_varlen, torch.bfloat16), run(_segments, torch.float64), strict=True):
+        assert ((ours.double() - exact).norm() / exact.norm()).item() < 4e-3
+
+
+@pytest.fixture
+def config(model_dir, sft_file, tmp_path):
+    return SFTConfig(
+        model_name=str(model_dir),
+        dataset_path=str(sft_file),
+        output_dir=str(tmp_path / "run"),
+        instruction_template="chatml",
+        lora_target_modules="all-linear",
+        learning_rate=1e-2,
+        max_steps=20,
+        logging_steps=1,
+        packing=False,
+        overwrite_output_dir=True,
+    )
+
+
+def losses(config):
+    trainer = BaseTrainer(config)
+    trainer.train()
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
+    entries = map(json.loads, (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines())
+    return [entry["loss"] for entry in entries if "loss" in entry], trainer
+
+
+@pytest.mark.parametrize("use_lora", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_training_in_bfloat16(config, use_lora, checkpointing):
+    config.use_lora, config.gradient_checkpointing = use_lora, checkpointing
+    values, trainer = losses(config)
+    assert values[-1] < 0.7 * values[0]
+    assert trainer.predict(["ما عاصمة الأردن؟", "مرحبا"], max_length=4)
+
+
+def test_float16(config):
+    config.fp16 = True
+    values, _ = losses(config)
+    assert values[-1] < 0.7 * values[0]
+
+
+def test_flash_and_sdpa_train_alike(config):
+    config.max_steps, config.learning_rate, config.lora_dropout = 3, 1e-4, 0.0
+    flash, _ = losses(config)
+    config.use_flash_attention = False
+    sdpa, _ = losses(config)
+    assert flash == pytest.approx(sdpa, rel=5e-3)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])
+def test_quantised_base(config, key):
+    setattr(config, key, True)
+    values, trainer = losses(config)
+    assert values[-1] < 0.8 * values[0]
+    loaded = BaseTrainer(config)
+    loaded.load_model(config.output_dir)
+    rows = config.dataset_path
+    assert loaded.evaluate(rows)["eval_loss"] == pytest.approx(trainer.evaluate(rows)["eval_loss"], rel=2e-2)
