@@ -43,7 +43,7 @@ def test_flash_attention_is_exact(heads, max_completions):
     upstream = torch.randn(shapes[0], device="cuda", dtype=torch.bfloat16)
 
     def run(attend, dtype):
-        q, k, v = (t.to(dtype).requires_grad_() for t in inputs)
+        q, k, v = (t.detach().clone().to(dtype).requires_grad_() for t in inputs)
         keys, values = (k, v) if batch.kv_index is None else (k[batch.kv_index], v[batch.kv_index])
         output = attend(q, keys, values, batch, dim**-0.5)
         output.backward(upstream.to(dtype))
