@@ -98,7 +98,7 @@ def chat(
     while True:
         try:
             text = input(prompt).strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             return
         if text == "/exit":
             return

@@ -351,14 +351,16 @@ class TestStages:
         rows = config.dataset_path
         assert loaded.evaluate(rows)["eval_loss"] == pytest.approx(stage2.evaluate(rows)["eval_loss"], abs=1e-4)
 
-    def test_template_of_the_first_stage_is_kept_unless_another_is_named(self, trained, config, tmp_path):
+    def test_template_of_the_first_stage_is_kept_unless_another_is_named(self, trained, config, caplog):
         values = {"model_name": config.output_dir, "dataset_path": config.dataset_path, "torch_dtype": "float32"}
         keeps = BaseTrainer(SFTConfig(**values))
         keeps.get_data_loader()
         assert "<|im_start|>" in keeps.tokenizer.chat_template
+        assert "another prompt format" not in caplog.text
         changes = BaseTrainer(SFTConfig(**values, instruction_template="alpaca"))
         changes.get_data_loader()
         assert "### Instruction" in changes.tokenizer.chat_template
+        assert "another prompt format" in caplog.text
 
 
 class TestEvaluateAndPredict:
@@ -416,9 +418,9 @@ class TestCustomMethod:
 
     def test_plain_trainer_measures_what_ours_does(self, config):
         config.per_device_eval_batch_size = 100  # Trainer means over batches, ours over tokens
-        assert CustomTrainer(config).evaluate()["eval_loss"] == pytest.approx(
-            BaseTrainer(config).evaluate()["eval_loss"], abs=1e-4
-        )
+        plain = CustomTrainer(config)
+        assert plain.evaluate()["eval_loss"] == plain.evaluate(plain.dataset["validation"])["eval_loss"]
+        assert plain.metrics["eval_loss"] == pytest.approx(BaseTrainer(config).evaluate()["eval_loss"], abs=1e-4)
 
     def test_create_trainer_must_be_overridden(self, config):
         class Unfinished(BaseTrainer):

@@ -18,6 +18,15 @@ Self = TypeVar("Self", bound="BaseConfig")
 # YAML 1.1 reads a bare `no` as False.
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(lambda v: "no" if v is False else v)]
 Text = Annotated[str, BeforeValidator(lambda v: os.fspath(v) if isinstance(v, os.PathLike) else v)]
+
+
+def _check_callback(value: Any) -> Any:
+    if not hasattr(value, "on_train_begin"):
+        raise ValueError("must be transformers.TrainerCallback objects")
+    return value
+
+
+Callback = Annotated[Any, BeforeValidator(_check_callback)]
 TorchDtype = Annotated[
     Literal["bfloat16", "float16", "float32"],
     BeforeValidator(lambda v: str(v).removeprefix("torch.")),  # torch.bfloat16 itself is accepted too
@@ -31,9 +40,7 @@ class BaseConfig(BaseModel):
     assignment; a refused assignment leaves the old value in place.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", validate_assignment=True, protected_namespaces=(), use_enum_values=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
 
     method: ClassVar[str]
     #: Heading printed before a field in the commented YAML of `arabic-qwen init`.
@@ -119,7 +126,7 @@ class BaseConfig(BaseModel):
     logging_steps: int = Field(10, ge=1, description="Steps between log lines")
     report_to: str | list[str] = Field("none", description="Also log to wandb, tensorboard, mlflow …")
     run_name: str | None = Field(None, description="Name of the run in those services")
-    callbacks: list[Any] = Field(
+    callbacks: list[Callback] = Field(
         default_factory=list, exclude=True, description="Further transformers.TrainerCallback objects (Python only)"
     )
 

@@ -69,6 +69,9 @@ def _varlen(query, key, value, packed: PackedBatch, scaling: float | None) -> An
 
 def _segments(query, key, value, packed: PackedBatch, scaling: float | None) -> torch.Tensor:
     """The reference: one SDPA call a segment."""
+    dtype = query.dtype
+    if query.device.type == "cpu":  # its half-precision kernels are slower than float32
+        query, key, value = query.float(), key.float(), value.float()
     outputs = []
     splits = (query.split(packed.query_lengths), key.split(packed.key_lengths), value.split(packed.key_lengths))
     for q, k, v in zip(*splits, strict=True):
@@ -80,7 +83,7 @@ def _segments(query, key, value, packed: PackedBatch, scaling: float | None) -> 
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
         )
         outputs.append(output[0].transpose(0, 1))
-    return torch.cat(outputs)
+    return torch.cat(outputs).to(dtype)
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)

@@ -110,7 +110,7 @@ class BaseTrainer:
         training_args = self.get_training_arguments()
         callbacks = self.get_callbacks()
         self.trainer = self.create_trainer(self.dataset, training_args, callbacks)
-        self.trainer.remove_callback(PrinterCallback)  # ProgressDisplay says it better
+        self.trainer.remove_callback(PrinterCallback)  # ProgressDisplay has said it
         result = self.trainer.train(resume_from_checkpoint=checkpoints.last_checkpoint(output_dir))
 
         if "validation" in self.dataset:
@@ -145,8 +145,12 @@ class BaseTrainer:
         if self.tokenizer is None:
             self.tokenizer = loading.load_tokenizer(self._source)
             chosen = "instruction_template" in _validated(self.config).model_fields_set
-            if chosen or not loading.is_run_output(self._source):  # else its own saved template
+            earlier_run = loading.is_run_output(self._source)
+            if chosen or not earlier_run:
+                saved = self.tokenizer.chat_template
                 set_template(self.tokenizer, self.config.instruction_template, self.config.response_template)
+                if earlier_run and self.tokenizer.chat_template != saved:
+                    self.logger.warning("instruction_template: %s was trained with another prompt format", self._source)
             self._setup_padding_token()
 
     def _setup_padding_token(self) -> None:
@@ -408,10 +412,13 @@ class BaseTrainer:
             split = self.dataset.get("validation")
             if split is None:
                 raise DatasetError("there are no validation rows; set validation_split or eval_dataset_path")
-        elif not isinstance(eval_dataset, GroupDataset):
+        elif not isinstance(eval_dataset, GroupDataset) and "input_ids" not in getattr(
+            eval_dataset, "column_names", ()
+        ):
             split = self._for_trainer(self.get_data_loader().encode(eval_dataset))
         if self.trainer is None:
             self.trainer = self.create_trainer({"train": split, "validation": split}, self.get_training_arguments(), [])
+            self.trainer.remove_callback(PrinterCallback)
         measured = self.trainer.evaluate(split)
         metrics = {k: v for k, v in measured.items() if k.startswith("eval_") and not k.endswith(_TIMINGS)}
         if eval_dataset is None:
