@@ -1,0 +1,52 @@
+"""Kahneman-Tversky optimisation (Ethayarajh et al., 2024, https://arxiv.org/abs/2402.01306)."""
+
+import torch
+
+from arabic_qwen.losses.margins import at_least_float32
+
+
+def kto_kl(policy_kl: torch.Tensor, reference_kl: torch.Tensor) -> torch.Tensor:
+    """z = max(0, mean(log π − log π_ref)), the estimate of KL(π ‖ π_ref) that rewards are measured from; no gradient.
+
+    Section 4.1 of https://arxiv.org/abs/2402.01306.
+
+    Args:
+        policy_kl, reference_kl: [M] log-probabilities, summed over the completion, of prompts with the completion of
+            another row. All of the optimizer step, of all ranks: the clamp of a part is not a part of the clamp.
+
+    Returns:
+        Scalar; 0 for a step without such completions.
+    """
+    log_ratios = at_least_float32(policy_kl.detach()) - at_least_float32(reference_kl.detach())
+    return (log_ratios.sum() / max(log_ratios.numel(), 1)).clamp(min=0)
+
+
+def kto_loss(
+    policy: torch.Tensor,
+    reference: torch.Tensor,
+    label: torch.Tensor,
+    kl: torch.Tensor | float,
+    *,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> torch.Tensor:
+    """λ_D (1 − σ(β(Δ − z))) for a desirable completion, λ_U (1 − σ(β(z − Δ))) for an undesirable one; Δ = log(π / π_ref).
+
+    Eq. 7 of https://arxiv.org/abs/2402.01306.
+
+    Args:
+        policy, reference: [N] log-probabilities, summed over the completion.
+        label: [N], true where the completion is desirable.
+        kl: z, the whole step's `kto_kl`; no gradient reaches it.
+        beta: β, how fast a reward saturates.
+        desirable_weight, undesirable_weight: λ_D and λ_U.
+
+    Returns:
+        [N] losses, in the order of the rows.
+    """
+    gain = at_least_float32(policy) - at_least_float32(reference) - torch.as_tensor(kl).detach()
+    desirable = label.bool()
+    # 1 − σ(x) = σ(−x), which does not cancel
+    loss = torch.sigmoid(beta * torch.where(desirable, -gain, gain))
+    return torch.where(desirable, desirable_weight, undesirable_weight) * loss

@@ -1,0 +1,40 @@
+"""Odds ratio preference optimisation (Hong et al., 2024, https://arxiv.org/abs/2403.07691)."""
+
+import torch
+
+from arabic_qwen.losses.margins import at_least_float32, length_average, logistic
+
+
+def log_odds(average_logps: torch.Tensor) -> torch.Tensor:
+    """log(p / (1 − p)) of p = exp(average_logps), of any shape (eq. 4 of https://arxiv.org/abs/2403.07691).
+
+    p is kept one machine epsilon below 1, where odds and their gradient are finite still.
+    """
+    average_logps = average_logps.clamp(max=-torch.finfo(average_logps.dtype).eps)
+    return average_logps - torch.log(-torch.expm1(average_logps))
+
+
+def orpo_loss(
+    policy_chosen: torch.Tensor,
+    policy_rejected: torch.Tensor,
+    chosen_length: torch.Tensor,
+    rejected_length: torch.Tensor,
+    *,
+    beta: float,
+) -> torch.Tensor:
+    """−λ log σ(log odds(y_c) − log odds(y_r)), where p(y) = exp(log π(y) / len).
+
+    Eq. 7 of https://arxiv.org/abs/2403.07691, times λ. The other term of the objective, eq. 6, is the chosen
+    completions' NLL: `arabic_qwen.losses.sft.chosen_nll`.
+
+    Args:
+        policy_chosen, policy_rejected: [N] log-probabilities, summed over the completion.
+        chosen_length, rejected_length: [N] target tokens of the completions.
+        beta: the paper's λ.
+
+    Returns:
+        [N] losses.
+    """
+    chosen = log_odds(length_average(at_least_float32(policy_chosen), chosen_length))
+    rejected = log_odds(length_average(at_least_float32(policy_rejected), rejected_length))
+    return beta * logistic(chosen - rejected)
