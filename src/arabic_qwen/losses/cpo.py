@@ -1,4 +1,4 @@
-"""Contrastive preference optimisation (Xu et al., 2024, https://arxiv.org/abs/2401.08417), with any number of negatives."""
+"""Contrastive preference optimisation (Xu et al., 2024, https://arxiv.org/abs/2401.08417), any number of negatives."""
 
 from __future__ import annotations
 

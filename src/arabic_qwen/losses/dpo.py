@@ -168,7 +168,7 @@ def _discopop(pairs: Pairs) -> torch.Tensor:
 
 
 def _sigmoid_norm(pairs: Pairs) -> torch.Tensor:
-    """−log σ(β(Δ_c / len_c − Δ_r / len_r)): length-normalised DPO of Tülu 3, https://arxiv.org/abs/2411.15124 section 5."""
+    """−log σ(β(Δ_c / len_c − Δ_r / len_r)): Tülu 3, https://arxiv.org/abs/2411.15124 section 5."""
     chosen_length, rejected_length = pairs.lengths
     h = length_average(pairs.chosen, chosen_length) - length_average(pairs.rejected, rejected_length)
     return logistic(pairs.beta * h, pairs.label_smoothing)
@@ -222,8 +222,9 @@ def dpo_loss(
 ) -> torch.Tensor:
     """The loss of each pair: −(1−ε) log σ(β(Δ_c − Δ_r)) − ε log σ(−β(Δ_c − Δ_r)), or another `loss_type`.
 
-    Δ = log π − log π_ref. Eq. 7 of https://arxiv.org/abs/2305.18290 at ε = 0; the functions in `DPO_LOSSES` give formula
-    and source of the others. Pairs may come in any parts of an optimizer step, but for the types in `STEP_COUPLED`.
+    Δ = log π − log π_ref. Eq. 7 of https://arxiv.org/abs/2305.18290 at ε = 0; the functions in `DPO_LOSSES` give
+    formula and source of the others. Pairs may come in any parts of an optimizer step, but for the types in
+    `STEP_COUPLED`, whose i-th loss is not that of the i-th pair.
 
     Args:
         policy_chosen, policy_rejected, reference_chosen, reference_rejected: [N] log-probabilities, summed over the

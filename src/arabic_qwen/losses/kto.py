@@ -31,9 +31,9 @@ def kto_loss(
     desirable_weight: float,
     undesirable_weight: float,
 ) -> torch.Tensor:
-    """λ_D (1 − σ(β(Δ − z))) for a desirable completion, λ_U (1 − σ(β(z − Δ))) for an undesirable one; Δ = log(π / π_ref).
+    """λ_D (1 − σ(β(Δ − z))) for a desirable completion, λ_U (1 − σ(β(z − Δ))) for an undesirable one.
 
-    Eq. 7 of https://arxiv.org/abs/2402.01306.
+    Δ = log π − log π_ref. Eq. 7 of https://arxiv.org/abs/2402.01306.
 
     Args:
         policy, reference: [N] log-probabilities, summed over the completion.

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 import logging
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,26 +16,20 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.integrations import get_available_reporting_integrations
 
 from arabic_qwen.config import BaseConfig, SFTConfig, load_config
 from arabic_qwen.data.conversations import Message
-from arabic_qwen.data.loaders import DATA_LOADERS, GroupDataset, SFTDataLoader, data_seed, to_padded
+from arabic_qwen.data.loaders import DATA_LOADERS, GroupDataset, SFTDataLoader, to_padded
 from arabic_qwen.data.templates import set_template, stop_token_ids
 from arabic_qwen.errors import ConfigurationError, DatasetError, TrainingError
 from arabic_qwen.models import loading
 from arabic_qwen.training import checkpoints
+from arabic_qwen.training.arguments import Schedule, resolve_schedule, training_arguments
 from arabic_qwen.training.callbacks import ProgressDisplay, RunLog
 from arabic_qwen.training.engine import PackedTrainer
 from arabic_qwen.training.objectives import OBJECTIVES
 from arabic_qwen.training.report import model_card
 
-# transformers is renaming its argument.
-_CHECKPOINTING = next(
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if name in {field.name for field in dataclasses.fields(TrainingArguments)}
-)
 _TIMINGS = ("_runtime", "_per_second", "_time")
 
 
@@ -214,95 +205,23 @@ class BaseTrainer:
         Raises:
             ConfigurationError: transformers refuses a value, or a package that it needs is missing.
         """
+        schedule = self._schedule()
+        if schedule.changes:
+            self.logger.warning("Resolved: %s", "; ".join(schedule.changes))
+        return training_arguments(_validated(self.config), schedule)
+
+    def _schedule(self) -> Schedule:
         config = _validated(self.config)
-        evaluation, save, best, save_steps = self._resolve_strategies(config)
-        self._check_packages(config)
-        dtype = loading.compute_dtype(config)
-        try:
-            return TrainingArguments(
-                output_dir=config.resolved_output_dir,
-                learning_rate=config.learning_rate,
-                num_train_epochs=config.num_train_epochs,
-                max_steps=config.max_steps or -1,
-                per_device_train_batch_size=config.per_device_train_batch_size,
-                per_device_eval_batch_size=config.per_device_eval_batch_size,
-                gradient_accumulation_steps=config.gradient_accumulation_steps,
-                lr_scheduler_type=config.lr_scheduler_type,
-                warmup_steps=config.warmup_ratio,  # below 1 it is a ratio
-                weight_decay=config.weight_decay,
-                max_grad_norm=config.max_grad_norm,
-                logging_steps=config.logging_steps,
-                logging_nan_inf_filter=False,
-                eval_strategy=evaluation,
-                eval_steps=config.eval_steps,
-                save_strategy=save,
-                save_steps=save_steps,
-                save_total_limit=config.save_total_limit,
-                load_best_model_at_end=best,
-                metric_for_best_model=config.metric_for_best_model,
-                greater_is_better=False,
-                report_to=config.report_to,
-                run_name=config.run_name,
-                seed=config.seed,
-                data_seed=data_seed(config),
-                bf16=dtype is torch.bfloat16,
-                fp16=dtype is torch.float16,
-                use_cpu=not torch.cuda.is_available(),
-                **{_CHECKPOINTING: config.gradient_checkpointing, f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False}},
-                dataloader_num_workers=config.dataloader_num_workers,
-                dataloader_pin_memory=config.dataloader_pin_memory,
-                train_sampling_strategy="group_by_length" if config.group_by_length else "random",
-                length_column_name=config.length_column_name,
-                ddp_find_unused_parameters=config.ddp_find_unused_parameters,
-                ddp_backend=config.ddp_backend,
-                deepspeed=config.deepspeed,
-                disable_tqdm=True,
-            )
-        except (ValueError, ImportError, OSError) as error:
-            raise ConfigurationError(f"transformers refuses the configuration: {error}") from error
-
-    def _resolve_strategies(self, config: BaseConfig) -> tuple[str, str, bool, int]:
-        """(evaluation, saving, best model at the end, save_steps) that go together."""
-        evaluation, save, save_steps = config.evaluation_strategy, config.save_strategy, config.save_steps
-        best, changes = config.load_best_model_at_end, []
-        validation = (
-            "validation" in self.dataset if self.dataset else config.eval_dataset_path or config.validation_split
-        )
-        if evaluation != "no" and not validation:
-            evaluation = "no"
-            changes.append("no evaluation, for there are no validation rows")
-        if best and evaluation != save:
-            best = False
-            changes.append(
-                f"the last model is kept, not the best, for evaluation is {evaluation!r} and saving {save!r}"
-            )
-        if best and evaluation == "steps" and save_steps % config.eval_steps:
-            save_steps = math.ceil(save_steps / config.eval_steps) * config.eval_steps
-            changes.append(f"save_steps {save_steps}, a multiple of eval_steps, so that the best model is saved")
-        if changes:
-            self.logger.warning("Resolved: %s", "; ".join(changes))
-        return evaluation, save, best, save_steps
-
-    @staticmethod
-    def _check_packages(config: BaseConfig) -> None:
-        if config.deepspeed:
-            if not Path(config.deepspeed).is_file():
-                raise ConfigurationError(f"deepspeed: {config.deepspeed} does not exist; give a DeepSpeed JSON file")
-            if importlib.util.find_spec("deepspeed") is None:
-                raise ConfigurationError("deepspeed: needs its package; pip install 'arabic-qwen[deepspeed]'")
-        wanted = [config.report_to] if isinstance(config.report_to, str) else config.report_to
-        for name in set(wanted) - {"none", "all"} - set(get_available_reporting_integrations()):
-            raise ConfigurationError(
-                f"report_to: {name!r} is not installed or unknown to transformers; pip install {name}"
-            )
+        planned = bool(config.eval_dataset_path or config.validation_split)
+        return resolve_schedule(config, "validation" in self.dataset if self.dataset else planned)
 
     def get_callbacks(self) -> list[TrainerCallback]:
         """Progress, metrics file and loss curve, early stopping where it can work, then `config.callbacks`."""
         own: list[TrainerCallback] = [ProgressDisplay(), RunLog()]
         given = list(self.config.callbacks)
-        evaluation, _, best, _ = self._resolve_strategies(_validated(self.config))
+        schedule = self._schedule()
         stoppers = [callback for callback in given if isinstance(callback, EarlyStoppingCallback)]
-        if evaluation == "no" or not best:
+        if schedule.evaluation == "no" or not schedule.keep_best:
             if stoppers:
                 self.logger.warning("Resolved: no early stopping, which needs evaluation and load_best_model_at_end")
             given = [callback for callback in given if callback not in stoppers]

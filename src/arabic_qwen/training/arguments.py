@@ -1,0 +1,114 @@
+"""The configuration in transformers' terms."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+from arabic_qwen.config import BaseConfig
+from arabic_qwen.data.loaders import data_seed
+from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.models.loading import compute_dtype
+
+# transformers is renaming its argument.
+_CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in {field.name for field in dataclasses.fields(TrainingArguments)}
+)
+
+
+class Schedule(NamedTuple):
+    """When to evaluate and to save, in a combination that transformers accepts."""
+
+    evaluation: str
+    saving: str
+    save_steps: int
+    keep_best: bool
+    changes: list[str]  # what differs from the configuration, and why
+
+
+def resolve_schedule(config: BaseConfig, has_validation: bool) -> Schedule:
+    """Resolve settings that contradict each other or the data."""
+    evaluation, saving, save_steps = config.evaluation_strategy, config.save_strategy, config.save_steps
+    keep_best, changes = config.load_best_model_at_end, []
+    if evaluation != "no" and not has_validation:
+        evaluation = "no"
+        changes.append("no evaluation, for there are no validation rows")
+    if keep_best and evaluation != saving:
+        keep_best = False
+        changes.append(f"the last model is kept, not the best, for evaluation is {evaluation!r} and saving {saving!r}")
+    if keep_best and evaluation == "steps" and save_steps % config.eval_steps:
+        save_steps = math.ceil(save_steps / config.eval_steps) * config.eval_steps
+        changes.append(f"save_steps {save_steps}, a multiple of eval_steps, so that the best model is saved")
+    return Schedule(evaluation, saving, save_steps, keep_best, changes)
+
+
+def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArguments:
+    """The `TrainingArguments` of a configuration.
+
+    Raises:
+        ConfigurationError: transformers refuses a value, or a package that it needs is missing.
+    """
+    _check_packages(config)
+    dtype = compute_dtype(config)
+    try:
+        return TrainingArguments(
+            output_dir=config.resolved_output_dir,
+            learning_rate=config.learning_rate,
+            num_train_epochs=config.num_train_epochs,
+            max_steps=config.max_steps or -1,
+            per_device_train_batch_size=config.per_device_train_batch_size,
+            per_device_eval_batch_size=config.per_device_eval_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            lr_scheduler_type=config.lr_scheduler_type,
+            warmup_steps=config.warmup_ratio,  # below 1 it is a ratio
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            logging_steps=config.logging_steps,
+            logging_nan_inf_filter=False,
+            eval_strategy=schedule.evaluation,
+            eval_steps=config.eval_steps,
+            save_strategy=schedule.saving,
+            save_steps=schedule.save_steps,
+            save_total_limit=config.save_total_limit,
+            load_best_model_at_end=schedule.keep_best,
+            metric_for_best_model=config.metric_for_best_model,
+            greater_is_better=False,
+            report_to=config.report_to,
+            run_name=config.run_name,
+            seed=config.seed,
+            data_seed=data_seed(config),
+            bf16=dtype is torch.bfloat16,
+            fp16=dtype is torch.float16,
+            use_cpu=not torch.cuda.is_available(),
+            **{_CHECKPOINTING: config.gradient_checkpointing, f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False}},
+            dataloader_num_workers=config.dataloader_num_workers,
+            dataloader_pin_memory=config.dataloader_pin_memory,
+            train_sampling_strategy="group_by_length" if config.group_by_length else "random",
+            length_column_name=config.length_column_name,
+            ddp_find_unused_parameters=config.ddp_find_unused_parameters,
+            ddp_backend=config.ddp_backend,
+            deepspeed=config.deepspeed,
+            disable_tqdm=True,
+        )
+    except (ValueError, ImportError, OSError) as error:
+        raise ConfigurationError(f"transformers refuses the configuration: {error}") from error
+
+
+def _check_packages(config: BaseConfig) -> None:
+    if config.deepspeed:
+        if not Path(config.deepspeed).is_file():
+            raise ConfigurationError(f"deepspeed: {config.deepspeed} does not exist; give a DeepSpeed JSON file")
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ConfigurationError("deepspeed: needs its package; pip install 'arabic-qwen[deepspeed]'")
+    wanted = [config.report_to] if isinstance(config.report_to, str) else config.report_to
+    for name in set(wanted) - {"none", "all"} - set(get_available_reporting_integrations()):
+        raise ConfigurationError(f"report_to: {name!r} is not installed or unknown to transformers; pip install {name}")
