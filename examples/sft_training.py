@@ -19,7 +19,7 @@ config = SFTConfig(
     output_dir="./checkpoints/sft_example",
     instruction_template="tokenizer",
     lora_target_modules="all-linear",
-    learning_rate=2e-3 if tiny else 2e-4,
+    learning_rate=1e-3 if tiny else 2e-4,
     num_train_epochs=3,
 )
 trainer = create_sft_trainer(config)

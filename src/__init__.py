@@ -15,12 +15,10 @@ class _Alias(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Resolves `src.X` to the module object of `arabic_qwen.X`."""
 
     def find_spec(self, name, path=None, target=None):
-        if name.startswith("src.") and not name.startswith("src.arabic_qwen"):
-            return importlib.machinery.ModuleSpec(name, self)
-        return None
+        return importlib.machinery.ModuleSpec(name, self) if name.startswith("src.") else None
 
     def create_module(self, spec) -> ModuleType:
-        module = importlib.import_module("arabic_qwen" + spec.name[len("src") :])
+        module = importlib.import_module("arabic_qwen" + spec.name.removeprefix("src").removeprefix(".arabic_qwen"))
         spec.loader_state = module.__spec__
         return module
 

@@ -355,6 +355,7 @@ class TestStages:
         values = {"model_name": config.output_dir, "dataset_path": config.dataset_path, "torch_dtype": "float32"}
         keeps = BaseTrainer(SFTConfig(**values))
         keeps.get_data_loader()
+        assert keeps.config.instruction_template == "chatml"
         assert "<|im_start|>" in keeps.tokenizer.chat_template
         assert "another prompt format" not in caplog.text
         changes = BaseTrainer(SFTConfig(**values, instruction_template="alpaca"))

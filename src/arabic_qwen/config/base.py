@@ -21,8 +21,8 @@ Text = Annotated[str, BeforeValidator(lambda v: os.fspath(v) if isinstance(v, os
 
 
 def _check_callback(value: Any) -> Any:
-    if not hasattr(value, "on_train_begin"):
-        raise ValueError("must be transformers.TrainerCallback objects")
+    if isinstance(value, type) or not hasattr(value, "on_train_begin"):
+        raise ValueError("must be transformers.TrainerCallback objects, not classes or names")
     return value
 
 

@@ -23,7 +23,8 @@ LAYOUTS = "instruction + response, instruction + input + output, prompt + comple
 def to_conversation(values: dict[str, Any], system_prompt: str | None = None) -> list[Message]:
     """The row's messages in order, ending with an assistant turn.
 
-    Layouts, by their columns: `instruction` + `response`; Alpaca's `instruction` + `input` + `output`; `prompt` +
+    Layouts, by their columns: `instruction` + `response`; Alpaca's `instruction` + `input` + `output`, with
+    `history` or without; `prompt` +
     `completion`, as strings or as lists of messages; `messages` of role/content; `conversations` of from/value. A
     `system` column, or else `system_prompt`, is put before a conversation that does not start with a system message.
 
@@ -39,9 +40,10 @@ def to_conversation(values: dict[str, Any], system_prompt: str | None = None) ->
     elif "instruction" in values and ("response" in values or "output" in values):
         answer = "response" if "response" in values else "output"
         question = _text(values, "instruction")
-        if values.get("input"):
+        if values.get("input") and str(values["input"]).strip():
             question += "\n\n" + _text(values, "input")
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": _text(values, answer)}]
+        messages = _history(values.get("history") or [])
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": _text(values, answer)}]
     else:
         raise ValueError(f"has the columns {', '.join(values) or '(none)'}, but needs {LAYOUTS}")
 
@@ -51,6 +53,14 @@ def to_conversation(values: dict[str, Any], system_prompt: str | None = None) ->
             messages.insert(0, {"role": "system", "content": system})
     _check_turns(messages)
     return messages
+
+
+def _history(pairs: Any) -> list[Message]:
+    """Earlier turns as LLaMA-Factory writes them: [[question, answer], …]."""
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError("history: must be a list of [question, answer] pairs")
+    sides = [(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return [{"role": role, "content": _text({"history": text}, "history")} for role, text in sides]
 
 
 def _turn(values: dict[str, Any], column: str, role: str) -> list[Message]:

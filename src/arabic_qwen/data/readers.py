@@ -61,6 +61,7 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
 
 def raise_problems(problems: list[str], remedy: str) -> None:
     """Raise one DatasetError with the first ten problems, their number and the remedy; nothing where there are none."""
+    problems = list(dict.fromkeys(problems))  # a row may have become several groups
     if problems:
         more = f"\n… and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise DatasetError("\n".join(problems[:10]) + more + f"\n{len(problems)} bad rows; {remedy}")

@@ -152,12 +152,14 @@ def add_lora(model: PreTrainedModel, config: BaseConfig) -> PeftModel:
         ConfigurationError: `lora_target_modules` names no linear layer of this model.
     """
     targets = config.lora_target_modules
-    linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
-    unknown = [] if isinstance(targets, str) else [t for t in targets if t.rpartition(".")[2] not in linear]
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not n.endswith("lm_head")]
+    unknown = (
+        [] if isinstance(targets, str) else [t for t in targets if not any(f".{n}".endswith(f".{t}") for n in linear)]
+    )
     if unknown:
         raise ConfigurationError(
             f"lora_target_modules: this model has no linear layer {', '.join(unknown)} that takes adapters; "
-            f"choose from {', '.join(sorted(linear))}, or all-linear"
+            f"choose from {', '.join(sorted({n.rpartition('.')[2] for n in linear}))}, or all-linear"
         )
     lora = LoraConfig(
         r=config.lora_r,

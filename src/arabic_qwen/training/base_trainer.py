@@ -56,7 +56,7 @@ class BaseTrainer:
                 if not hasattr(config, name):
                     setattr(config, name, field.get_default(call_default_factory=True))
         self.config = config
-        _validated(config)
+        self._inherit_prompt_format(config.model_name, keep=_validated(config).model_fields_set)
         self.logger = logging.getLogger(self.__class__.__name__)
         self.model: Any = None  # PreTrainedModel, or PeftModel around one
         self.tokenizer: Any = None  # PreTrainedTokenizerBase
@@ -71,6 +71,13 @@ class BaseTrainer:
     def _get_training_method(self) -> str:
         """Name of the training method: "sft"; anything that is not ours needs its own :meth:`create_trainer`."""
         return _validated(self.config).method
+
+    def _inherit_prompt_format(self, model_path: str, keep: set[str]) -> None:
+        """Take over how an earlier run's output was prompted, but for the fields in `keep`."""
+        if loading.is_run_output(model_path):
+            saved = load_config(Path(model_path, loading.RUN_CONFIG))
+            for name in {"instruction_template", "response_template", "system_prompt"} - keep:
+                setattr(self.config, name, getattr(saved, name))
 
     # ---------------------------------------------------------------- the pipeline
 
@@ -135,13 +142,10 @@ class BaseTrainer:
     def _setup_tokenizer(self) -> None:
         if self.tokenizer is None:
             self.tokenizer = loading.load_tokenizer(self._source)
-            chosen = "instruction_template" in _validated(self.config).model_fields_set
-            earlier_run = loading.is_run_output(self._source)
-            if chosen or not earlier_run:
-                saved = self.tokenizer.chat_template
-                set_template(self.tokenizer, self.config.instruction_template, self.config.response_template)
-                if earlier_run and self.tokenizer.chat_template != saved:
-                    self.logger.warning("instruction_template: %s was trained with another prompt format", self._source)
+            saved = self.tokenizer.chat_template
+            set_template(self.tokenizer, self.config.instruction_template, self.config.response_template)
+            if loading.is_run_output(self._source) and self.tokenizer.chat_template != saved:
+                self.logger.warning("instruction_template: %s was trained with another prompt format", self._source)
             self._setup_padding_token()
 
     def _setup_padding_token(self) -> None:
@@ -303,10 +307,7 @@ class BaseTrainer:
         Raises:
             ModelLoadError: it cannot be loaded.
         """
-        if loading.is_run_output(model_path):
-            saved = load_config(Path(model_path, loading.RUN_CONFIG))
-            for name in ("instruction_template", "response_template", "system_prompt"):
-                setattr(self.config, name, getattr(saved, name))
+        self._inherit_prompt_format(model_path, keep=set())
         self.tokenizer, self.trainer = None, None
         self._source = model_path
         self._setup_tokenizer()

@@ -1,0 +1,44 @@
+import pytest
+
+from arabic_qwen.config import BaseConfig, SFTConfig
+from arabic_qwen.errors import ConfigurationError
+
+
+def test_documented_defaults():
+    config = SFTConfig()
+    assert config.packing is True
+    assert config.instruction_template == "alpaca"
+    assert config.response_template == "### Response:\n"
+    assert config.system_prompt is None
+
+
+def test_documented_example():
+    config = SFTConfig(
+        model_name="Qwen/Qwen2.5-7B",
+        dataset_path="data/sft_arabic.jsonl",
+        output_dir="./checkpoints/sft",
+        max_seq_length=512,
+        packing=True,
+        instruction_template="alpaca",
+        learning_rate=2e-4,
+        num_train_epochs=3,
+        per_device_train_batch_size=4,
+    )
+    assert config.dataset_path == "data/sft_arabic.jsonl"
+    assert config.resolved_output_dir == "./checkpoints/sft"
+
+
+def test_adds_only_what_concerns_conversations():
+    own = set(SFTConfig.model_fields) - set(BaseConfig.model_fields)
+    assert own == {"packing", "instruction_template", "response_template", "system_prompt"}
+    assert SFTConfig.method == "sft"
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chatml", "tokenizer"])
+def test_templates(template):
+    assert SFTConfig(instruction_template=template).instruction_template == template
+
+
+def test_unknown_template_lists_those_that_exist():
+    with pytest.raises(ConfigurationError, match="'alpaca', 'chatml' or 'tokenizer', got 'vicuna'"):
+        SFTConfig(instruction_template="vicuna")

@@ -1,0 +1,156 @@
+"""The package's names, the direction of its imports, and the size of its files."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from arabic_qwen import errors
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "arabic_qwen"
+
+# A package imports from layers below its own, or from its own layer where that makes no circle.
+LAYERS = [
+    {"arabic_qwen"},  # the version
+    {"errors"},
+    {"config", "text", "losses"},
+    {"data", "models"},
+    {"evaluation", "training"},
+    {"quickstart"},
+    {"cli", "studio", "__main__"},
+]
+
+SAME_OBJECTS = """
+import sys
+from pathlib import Path
+
+source = Path(sys.argv[1]) / "src"
+sys.path[:] = [entry for entry in sys.path if Path(entry) != source]  # as if the package were not installed
+
+from src.training.base_trainer import BaseTrainer
+from src.config import SFTConfig
+import src.config
+import src.config.base
+import src.training.base_trainer
+
+import arabic_qwen.config
+import arabic_qwen.training.base_trainer
+
+assert src.config is arabic_qwen.config
+assert src.config.base is arabic_qwen.config.base
+assert src.training.base_trainer is arabic_qwen.training.base_trainer
+assert BaseTrainer is arabic_qwen.training.base_trainer.BaseTrainer
+assert SFTConfig is arabic_qwen.config.SFTConfig
+assert arabic_qwen.config.__spec__.name == "arabic_qwen.config"
+assert arabic_qwen.config.__name__ == "arabic_qwen.config"
+assert Path(arabic_qwen.__file__).parent == source / "arabic_qwen"
+print("same")
+"""
+
+
+@pytest.mark.parametrize("place", ["repository root", "elsewhere"])
+def test_src_is_an_alias_of_the_package(place, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    if place == "elsewhere":
+        environment["PYTHONPATH"] = str(ROOT)
+    run = subprocess.run(
+        [sys.executable, "-c", SAME_OBJECTS, str(ROOT)],
+        cwd=ROOT if place == "repository root" else tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.stdout == "same\n", run.stderr
+
+
+def test_unknown_module_of_the_alias_is_an_import_error():
+    with pytest.raises(ModuleNotFoundError, match=r"arabic_qwen\.no_such_module"):
+        __import__("src.no_such_module")
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def package_of(path: Path) -> str:
+    """The top-level package that a file belongs to: config, data, …, or cli for cli.py."""
+    first = path.relative_to(PACKAGE).parts[0]
+    return "arabic_qwen" if first == "__init__.py" else first.removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names of the modules that a file imports, those inside functions too."""
+    parents = ["arabic_qwen", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = parents[: len(parents) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            if module == "arabic_qwen":
+                yield from (f"arabic_qwen.{alias.name}" for alias in node.names)
+            else:
+                yield module
+
+
+def own_imports(path: Path) -> set[str]:
+    names = [name.split(".") for name in imports(path)]
+    return {name[1] if len(name) > 1 else "arabic_qwen" for name in names if name[0] == "arabic_qwen"} - {"__version__"}
+
+
+def layer(package: str) -> int:
+    levels = [level for level, packages in enumerate(LAYERS) if package in packages]
+    assert levels, f"{package} has no place in LAYERS; decide what may import it"
+    return levels[0]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    own = package_of(path)
+    above = {name for name in own_imports(path) if layer(name) > layer(own)}
+    assert not above, f"{path.relative_to(ROOT)} imports {', '.join(sorted(above))}"
+
+
+def test_packages_import_each_other_in_one_direction():
+    edges = {(package_of(path), name) for path in modules() for name in own_imports(path) if name != package_of(path)}
+    both_ways = {(a, b) for a, b in edges if (b, a) in edges}
+    assert not both_ways
+
+
+def test_data_imports_neither_models_nor_training():
+    for path in (PACKAGE / "data").rglob("*.py"):
+        assert not own_imports(path) & {"models", "training"}, path
+
+
+def test_losses_import_only_torch():
+    for path in (PACKAGE / "losses").rglob("*.py"):
+        third_party = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
+        assert third_party <= {"torch", "arabic_qwen"}, path
+        assert own_imports(path) <= {"losses"}, path
+
+
+def test_text_imports_no_torch():
+    for path in (PACKAGE / "text").rglob("*.py"):
+        assert not {name.split(".")[0] for name in imports(path)} & {"torch", "transformers"}, path
+        assert own_imports(path) <= {"text", "errors"}, path
+
+
+def test_exceptions_form_the_documented_hierarchy():
+    for error in (errors.ModelLoadError, errors.DatasetError, errors.ConfigurationError):
+        assert issubclass(error, errors.TrainingError)
+    assert issubclass(errors.ConfigurationError, ValueError)
+    assert not issubclass(errors.DatasetError, ValueError)
+    assert issubclass(errors.TrainingError, Exception)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_stay_small(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= 450, f"{path.relative_to(ROOT)} has {lines} lines; split it by meaning (aim for 400)"
