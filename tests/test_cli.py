@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from arabic_qwen.config import SFTConfig
+from arabic_qwen.config import DPOConfig, SFTConfig
 
 
 def arabic_qwen(*arguments, cwd, stdin="", code=0):
@@ -52,6 +52,47 @@ def test_init_prints_what_train_reads(tmp_path):
     )
 
 
+@pytest.fixture
+def dpo_run(model_dir, tmp_path):
+    """A finished DPO run in `dpo`."""
+    rows = [{"prompt": f"سؤال {i}؟", "chosen": f"جواب {i}.", "rejected": "لا أدري."} for i in range(8)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "pairs.jsonl").write_text(text, encoding="utf-8")
+    config = DPOConfig(
+        model_name=str(model_dir),
+        dataset_path="pairs.jsonl",
+        output_dir="dpo",
+        instruction_template="chatml",
+        torch_dtype="float32",
+        max_steps=1,
+        validation_split=0.25,
+    )
+    config.to_yaml(tmp_path / "dpo.yaml")
+    arabic_qwen("train", "dpo.yaml", cwd=tmp_path)
+    return tmp_path
+
+
+def test_compare(dpo_run):
+    shown = arabic_qwen("compare", "dpo", "--max-length", 2, "--json", cwd=dpo_run).stdout
+    rows = json.loads(shown)
+    assert [set(row) for row in rows] == [{"prompt", "trained_model_response", "reference_model_response"}] * 2
+    (dpo_run / "prompts.txt").write_text("سؤال آخر؟\n\nوهذا؟\n", encoding="utf-8")
+    shown = arabic_qwen("compare", "dpo", "--prompts", "prompts.txt", "--max-length", 2, cwd=dpo_run).stdout
+    assert "سؤال آخر؟" in shown and "وهذا؟" in shown
+
+
+def test_blind_ratings_are_kept_and_gone_on_with(dpo_run):
+    command = ["compare", "dpo", "--blind", "--max-length", 2, "--prompt", "أولًا", "--prompt", "ثانيًا"]
+    first = arabic_qwen(*command, cwd=dpo_run, stdin="?\nt\nq\n").stdout
+    assert "trained 0 · before 0 · ties 1" in first
+    assert "trained_model" not in first and "reference" not in first
+    second = arabic_qwen(*command, cwd=dpo_run, stdin="a\n").stdout
+    assert "أولًا" not in second.replace("[1/2]", "") and "ties 1" in second
+    ratings = [json.loads(line) for line in (dpo_run / "dpo" / "ratings.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in ratings] == ["أولًا", "ثانيًا"]
+    assert ratings[1]["preferred"] == ratings[1]["a"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "parts"),
     [
@@ -65,9 +106,12 @@ def test_init_prints_what_train_reads(tmp_path):
         (["train", "sft.yaml", "lora_target_modules=[q_porj]"], 2, ["q_porj", "q_proj"]),
         (["train", "sft.yaml", "method=sfft"], 2, ["sfft", "sft"]),
         (["init", "ppo"], 2, ["ppo", "sft"]),
+        (["compare", "no/model"], 2, ["no/model", "output folder"]),
         (["chat", "no/model"], 1, ["no/model", "cannot be loaded"]),
     ],
-    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) and value[0] in ("train", "init", "chat") else "",
+    ids=lambda value: (
+        " ".join(value[:3]) if isinstance(value, list) and value[0] in ("train", "init", "chat", "compare") else ""
+    ),
 )
 def test_mistakes_get_one_clear_error(yaml_file, tmp_path, arguments, code, parts):
     (tmp_path / "bad.jsonl").write_text('{"instruction": "a", "response": "b"}\n{"question": "?"}\n{"prompt": ""}\n')
@@ -83,7 +127,8 @@ def test_quickstart(tmp_path):
     before, after = result.stdout.split("Held-out loss ")[1].split(" nats")[0].split(" → ")
     assert float(after) < 0.7 * float(before)
     assert "arabic-qwen quickstart --model" in result.stdout
-    folder = Path(tmp_path, "quickstart")
+    assert "Held-out pairs: margin 0.00 → 0." in result.stdout
+    folder = Path(tmp_path, "quickstart", "sft")
     assert json.loads((folder / "run_summary.json").read_text())["metrics"]["eval_loss"] == pytest.approx(
         float(after), abs=1e-3
     )

@@ -25,9 +25,14 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "Qwen").mkdir()
     (tmp_path / "Qwen" / "Qwen2.5-7B").symlink_to(ASSETS / "arabic-qwen-tiny")
     (tmp_path / "data").mkdir()
-    rows = (ASSETS / "sft.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:24]
-    for name in ("training", "sft_arabic"):
-        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    for names, sample in (
+        (("training", "sft_arabic"), "sft"),
+        (("dpo_preferences", "ipo_preferences", "cpo_preferences"), "dpo"),
+        (("kto_feedback",), "kto"),
+    ):
+        rows = (ASSETS / f"{sample}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:24]
+        for name in names:
+            (tmp_path / "data" / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     return tmp_path
@@ -57,19 +62,20 @@ def test_commands_run(page, workplace):
     for line in lines:
         if line.startswith("make "):
             assert line.removeprefix("make ") in targets
-        elif "benchmarks/" in line:
-            assert (ROOT / re.search(r"benchmarks/\w+\.py", line)[0]).is_file()
         else:
+            line = line.replace("python benchmarks/", f"{sys.executable} {ROOT}/benchmarks/")
             run(["bash", "-e", "-o", "pipefail", "-c", line], workplace)
 
 
 def test_json_blocks_are_rows_that_training_reads(workplace):
     from arabic_qwen.data.conversations import to_conversation
+    from arabic_qwen.data.preferences import to_contrast, to_feedback
 
     for page in PAGES:
         for block in blocks(page, "json"):
-            for line in block.splitlines():
-                assert to_conversation(json.loads(line))
+            for row in map(json.loads, block.splitlines()):
+                read = to_contrast if "chosen" in row else to_feedback if "label" in row else to_conversation
+                assert read(row)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -78,9 +84,25 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
-def test_example_script(workplace):
-    output = run([sys.executable, str(ROOT / "examples" / "sft_training.py")], workplace)
-    assert "eval_loss" in output and "ما عاصمة الأردن؟" in output
+@pytest.mark.parametrize(
+    ("script", "shown"),
+    [
+        ("sft_training", ["eval_loss", "ما عاصمة الأردن؟"]),
+        ("dpo_training", ["eval_rewards/margins", "trained_model_response"]),
+        ("preference_training", ["kto", "ipo", "cpo", "eval_rewards/accuracies"]),
+        ("multi_method_comparison", ["untouched", "SimPO", "comparison.png"]),
+    ],
+)
+def test_example_scripts(workplace, script, shown):
+    output = run([sys.executable, str(ROOT / "examples" / f"{script}.py")], workplace)
+    assert all(part in output for part in shown)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "ipo", "cpo", "simpo"])
+def test_throughput_benchmark(workplace, method):
+    command = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), "--method", method, "--json"]
+    result = json.loads(run([*command, "--steps", "1", "--batch-size", "2"], workplace))
+    assert result["ours_tokens_per_s"] > 0 and result["trl_tokens_per_s"] > 0 and result["ratio"] > 0
 
 
 def test_deepspeed_configuration_is_json():

@@ -21,7 +21,7 @@ LAYERS = [
     {"config", "text", "losses"},
     {"data", "models"},
     {"evaluation", "training"},
-    {"quickstart"},
+    {"comparison", "quickstart"},
     {"cli", "studio", "__main__"},
 ]
 

@@ -5,6 +5,7 @@ Heavy imports stand inside the verbs, so that help and errors come at once.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -32,7 +33,7 @@ def quickstart(
     data: Annotated[str, typer.Option(help="JSON Lines file; default: 200 sample rows that come along")] = "",
     output_dir: Annotated[str, typer.Option(help="Where the run is written")] = "quickstart",
 ) -> None:
-    """Fine-tune a model on Arabic instructions and show held-out loss and answers before and after."""
+    """Fine-tune a model on Arabic instructions, then on preferences, and show what changed on held-out rows."""
     _set_up_output()
     from arabic_qwen.quickstart import run
 
@@ -111,10 +112,38 @@ def chat(
             messages.append({"role": "assistant", "content": answer})
 
 
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="Output folder of a run")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times")] = None,
+    prompts: Annotated[str, typer.Option(help="File with one prompt a line; default: the run's held-out rows")] = "",
+    count: Annotated[int, typer.Option(help="Prompts at most", min=1)] = 20,
+    max_length: Annotated[int, typer.Option(help="New tokens an answer at most", min=1)] = 256,
+    blind: Annotated[bool, typer.Option(help="Rate answers without knowing which is which")] = False,
+    ratings: Annotated[Path | None, typer.Option(help="Where ratings are kept; default: MODEL/ratings.jsonl")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list and nothing else")] = False,
+) -> None:
+    """Show answers of a trained model beside those it gave before training."""
+    _set_up_output()
+    from arabic_qwen import comparison
+
+    compared = comparison.compare(model, prompt or [], prompts, count, max_length)
+    if blind:
+        wins = comparison.rate(compared, ratings or Path(model, "ratings.jsonl"))
+        print(f"\ntrained {wins['trained']} · before {wins['reference']} · ties {wins['tie']}")
+    elif as_json:
+        print(json.dumps(compared, ensure_ascii=False, indent=2))
+    else:
+        for row in compared:
+            print(f"\nprompt   {row['prompt']}")
+            print(f"before   {row['reference_model_response']}")
+            print(f"trained  {row['trained_model_response']}")
+
+
 def _set_up_output() -> None:
     """Our own messages as plain lines on stderr; libraries' only from warnings on, and their bars only on a terminal."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for name in ("arabic_qwen", "BaseTrainer", "SFTTrainer"):
+    for name in ("arabic_qwen", "BaseTrainer", "SFTTrainer", "DPOTrainer"):
         logging.getLogger(name).setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)
     if not sys.stderr.isatty():

@@ -28,9 +28,8 @@ def test_documented_example():
     assert config.resolved_output_dir == "./checkpoints/sft"
 
 
-def test_adds_only_what_concerns_conversations():
-    own = set(SFTConfig.model_fields) - set(BaseConfig.model_fields)
-    assert own == {"packing", "instruction_template", "response_template", "system_prompt"}
+def test_adds_only_packing():
+    assert set(SFTConfig.model_fields) - set(BaseConfig.model_fields) == {"packing"}
     assert SFTConfig.method == "sft"
 
 

@@ -82,7 +82,9 @@ class TestSplit:
         ]
 
     def test_nothing_left_to_train_on(self, loader, write):
-        with pytest.raises(ConfigurationError, match=re.escape("validation_split: 0.1 of 1 rows leaves none")):
+        with pytest.raises(
+            ConfigurationError, match=re.escape("validation_split: 0.1 of 1 different rows leaves none")
+        ):
             loader(dataset_path=write([row()])).load()
 
     @given(st.integers(2, 60), st.floats(0.001, 0.6), st.integers(0, 9))
@@ -90,12 +92,19 @@ class TestSplit:
         rows = [Row(f"file:{i}", {"n": i}) for i in range(size)]
         if max(1, round(size * share)) >= size:
             return
-        train, validation = split_rows(rows, share, seed)
+        train, validation = split_rows(rows, share, seed, [row.where for row in rows])
         assert len(validation) == max(1, round(size * share))
         assert sorted(train + validation, key=lambda r: r.values["n"]) == rows
         assert train == sorted(train, key=lambda r: r.values["n"])
         assert validation == sorted(validation, key=lambda r: r.values["n"])
-        assert split_rows(rows, share, seed) == (train, validation)
+        assert split_rows(rows, share, seed, [row.where for row in rows]) == (train, validation)
+
+    def test_rows_of_one_key_stay_together(self):
+        rows = [Row(f"file:{i}", {"n": i}) for i in range(40)]
+        keys = [str(i // 4) for i in range(40)]
+        train, validation = split_rows(rows, 0.3, 0, keys)
+        assert len(validation) == 12
+        assert not {row.values["n"] // 4 for row in train} & {row.values["n"] // 4 for row in validation}
 
     def test_data_seed(self):
         assert data_seed(SFTConfig(seed=1, data_seed=2)) == 2
@@ -216,10 +225,10 @@ class TestTruncation:
         with caplog.at_level(logging.INFO):
             dataset = loader(dataset_path=path, max_seq_length=64, validation_split=0).load()["train"]
         assert (
-            f"train: 2 examples, {sum(dataset.lengths):,} tokens, longest 64, 1 cut, {dataset.tokens_cut} tokens lost"
+            f"train: 2 examples, {sum(dataset.lengths):,} tokens, longest 64, 1 answers cut, {dataset.tokens_cut} tokens lost"
             in (caplog.text)
         )
-        assert "train: raise max_seq_length to keep whole examples" in caplog.text
+        assert "train: raise max_seq_length to keep whole answers" in caplog.text
 
     def test_nothing_cut_is_shown_too(self, loader, caplog):
         with caplog.at_level(logging.INFO):
@@ -244,7 +253,7 @@ def test_to_padded(loader):
     longest = max(dataset.lengths)
     assert padded.column_names == ["input_ids", "attention_mask", "labels", "tokens"]
     assert list(padded["tokens"]) == dataset.lengths
-    for example, (prompt, ((ids, targets),)) in zip(padded, dataset, strict=True):
+    for example, (prompt, ((ids, targets),), *_) in zip(padded, dataset, strict=True):
         tokens = [*prompt.tolist(), *ids.tolist()]
         padding = longest - len(tokens)
         assert example["input_ids"] == tokens + [99] * padding

@@ -80,7 +80,7 @@ groups = st.lists(
 def test_stream_is_the_groups_end_to_end(given_groups):
     batch = pack(given_groups)
     ids, positions = [], []
-    for prompt, answers in given_groups:
+    for prompt, answers, *_ in given_groups:
         ids += prompt.tolist()
         positions += range(len(prompt))
         for answer in answers:
@@ -100,7 +100,7 @@ def test_targets_equal_those_of_single_sequences(given_groups):
     batch = pack(given_groups)
     expected = []
     start = number = 0
-    for prompt, answers in given_groups:
+    for prompt, answers, *_ in given_groups:
         prompt_places = list(range(start, start + len(prompt)))
         start += len(prompt)
         for answer in answers:
@@ -121,7 +121,7 @@ def test_each_token_attends_to_its_own_sequence(given_groups):
     batch = pack(given_groups)
     expected = {}
     start = 0
-    for prompt, answers in given_groups:
+    for prompt, answers, *_ in given_groups:
         prompt_places = list(range(start, start + len(prompt)))
         for i, place in enumerate(prompt_places):
             expected[place] = prompt_places[: i + 1]

@@ -135,3 +135,21 @@ def test_chunks_cover_every_row_within_memory(vocabulary):
     covered = [row for start in rows for row in range(1000)[start : start + rows.step]]
     assert covered == list(range(1000))
     assert rows.step == 1 or rows.step * vocabulary * 4 <= 2**26
+
+
+def test_confident_tokens_in_half_precision():
+    """Softmax minus one-hot is small where the model is sure; rounding the softmax first would leave noise."""
+    torch.manual_seed(0)
+    weight = torch.randn(500, 64)
+    hidden = weight[:32] * 0.2 + torch.randn(32, 64) * 0.01
+    targets = torch.arange(32)
+
+    def gradient(dtype):
+        h = hidden.to(torch.bfloat16).to(dtype).requires_grad_()
+        logps = token_logps(h, weight.to(torch.bfloat16).to(dtype), targets)
+        assert logps.exp().median() > 0.99
+        logps.sum().backward()
+        return h.grad.double()
+
+    exact = gradient(torch.float64)
+    assert ((gradient(torch.bfloat16) - exact).norm() / exact.norm()).item() < 0.03

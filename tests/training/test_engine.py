@@ -73,7 +73,7 @@ def test_three_steps_equal_trl(model_dir, sft_file, tmp_path, accumulation):
     assert len(order) >= 3 * 2 * accumulation
     rows = []
     for index in order[: 3 * 2 * accumulation]:
-        ((prompt, ((ids, targets),)),) = loader.dataset[index]
+        ((prompt, ((ids, targets),), *_),) = loader.dataset[index]
         labels = [-100] * len(prompt) + [int(i) if t else -100 for i, t in zip(ids, targets, strict=True)]
         rows.append({"input_ids": [*prompt.tolist(), *ids.tolist()], "labels": labels})
 
@@ -172,7 +172,7 @@ def test_sampler_shows_every_sequence_once_to_some_rank():
     seen = []
     for rank in range(3):
         Args.process_index = rank
-        sampler = _StepSampler(Args, [1] * 31, epoch=lambda: 0)
+        sampler = _StepSampler(Args, [1] * 31, [True] * 31, epoch=lambda: 0)
         batches = list(sampler)
         assert len(batches) == len(sampler) == 6  # 31 sequences: two steps of 12 in two slots each, one of 7 in two
         assert [len(b) for b in batches[::2]] == [0, 0, 0]
@@ -186,13 +186,24 @@ def test_epochs_are_shuffled_differently_and_seeded():
         per_device_train_batch_size, gradient_accumulation_steps = 2, 1
 
     def order(epoch):
-        return _StepSampler(Args, [1] * 20, epoch=lambda: epoch).order()
+        return _StepSampler(Args, [1] * 20, [True] * 20, epoch=lambda: epoch).order()
 
     assert order(0) == order(0) != order(1)
     Args.train_sampling_strategy = "group_by_length"
     lengths = [i % 5 for i in range(400)]
-    grouped = list(_StepSampler(Args, lengths, epoch=lambda: 0))
+    grouped = list(_StepSampler(Args, lengths, [True] * 400, epoch=lambda: 0))
     assert sum(lengths[a] == lengths[b] for a, b in grouped) > 150
+
+
+def test_every_step_has_its_share_of_both_classes():
+    class Args:
+        train_sampling_strategy, seed, data_seed, world_size, process_index = "random", 1, None, 1, 0
+        per_device_train_batch_size, gradient_accumulation_steps = 4, 2
+
+    labels = [i % 4 == 0 for i in range(64)]  # a quarter is desirable
+    steps = [batch for batch in _StepSampler(Args, [1] * 64, labels, epoch=lambda: 3) if batch]
+    assert [sum(labels[i] for i in step) for step in steps] == [2] * 8
+    assert steps[0] != sorted(steps[0])
 
 
 def test_packed_sequences_fill_max_seq_length(model_dir, sft_file, tmp_path):

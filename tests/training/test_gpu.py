@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from arabic_qwen.config import SFTConfig
+from arabic_qwen.config import CPOConfig, DPOConfig, KTOConfig, SFTConfig
 from arabic_qwen.data.packing import Completion, Group, pack
 from arabic_qwen.models.attention import _segments, _varlen
 from arabic_qwen.training.base_trainer import BaseTrainer
@@ -110,3 +110,30 @@ def test_quantised_base(config, key):
     loaded.load_model(config.output_dir)
     rows = config.dataset_path
     assert loaded.evaluate(rows)["eval_loss"] == pytest.approx(trainer.evaluate(rows)["eval_loss"], rel=2e-2)
+
+
+@pytest.mark.parametrize("config_class", [DPOConfig, KTOConfig, CPOConfig])
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_preferences(model_dir, tmp_path, config_class, load_in_4bit):
+    if load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("needs bitsandbytes")
+    rows = [{"prompt": f"سؤال رقم {i}؟", "chosen": f"جواب {i}.", "rejected": "لا أدري."} for i in range(32)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    config = config_class(
+        model_name=str(model_dir),
+        dataset_path=str(data),
+        output_dir=str(tmp_path / "run"),
+        instruction_template="chatml",
+        lora_target_modules="all-linear",
+        learning_rate=2e-3,
+        num_train_epochs=5,
+        per_device_train_batch_size=8,
+        load_in_4bit=load_in_4bit,
+        **({"unpair_preferences": True} if config_class is KTOConfig else {}),
+    )
+    trainer = BaseTrainer(config)
+    before = trainer.evaluate()
+    trainer.train()
+    assert trainer.metrics["eval_rewards/margins"] > before["eval_rewards/margins"] + 0.05
+    assert trainer.metrics["eval_loss"] < before["eval_loss"]

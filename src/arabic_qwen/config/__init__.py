@@ -3,13 +3,38 @@
 import os
 
 from arabic_qwen.config.base import BaseConfig
+from arabic_qwen.config.preference import (
+    CPOConfig,
+    DPOConfig,
+    IPOConfig,
+    KTOConfig,
+    ORPOConfig,
+    PreferenceConfig,
+    ReferenceConfig,
+    SimPOConfig,
+)
 from arabic_qwen.config.sft import SFTConfig
 from arabic_qwen.config.yaml_io import read_config_file
 from arabic_qwen.errors import ConfigurationError
 
-__all__ = ["METHOD_CONFIGS", "BaseConfig", "SFTConfig", "load_config"]
+__all__ = [
+    "METHOD_CONFIGS",
+    "BaseConfig",
+    "CPOConfig",
+    "DPOConfig",
+    "IPOConfig",
+    "KTOConfig",
+    "ORPOConfig",
+    "PreferenceConfig",
+    "ReferenceConfig",
+    "SFTConfig",
+    "SimPOConfig",
+    "load_config",
+]
 
-METHOD_CONFIGS: dict[str, type[BaseConfig]] = {cls.method: cls for cls in (SFTConfig,)}
+METHOD_CONFIGS: dict[str, type[BaseConfig]] = {
+    cls.method: cls for cls in (SFTConfig, DPOConfig, IPOConfig, KTOConfig, CPOConfig, SimPOConfig, ORPOConfig)
+}
 
 
 def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> BaseConfig:

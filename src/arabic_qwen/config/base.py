@@ -65,6 +65,11 @@ class BaseConfig(BaseModel):
         0.1, ge=0, lt=1, description="Share of rows held out for validation, chosen by data_seed"
     )
     output_dir: Text = Field("./checkpoints", description="Where the run is written; unset: ./checkpoints/<method>")
+    instruction_template: Literal["alpaca", "chatml", "tokenizer"] = Field(
+        "alpaca", description="Prompt format: alpaca, chatml, or the tokenizer's own chat template"
+    )
+    response_template: str = Field("### Response:\n", description="What precedes the answer in the alpaca template")
+    system_prompt: str | None = Field(None, description="System prompt of conversations that have none")
     overwrite_output_dir: bool = Field(False, description="Discard the run that output_dir holds and start again")
 
     max_seq_length: int = Field(
@@ -115,7 +120,7 @@ class BaseConfig(BaseModel):
     save_steps: int = Field(1000, ge=1, description="Steps between checkpoints")
     save_total_limit: int | None = Field(3, ge=1, description="Checkpoints kept; null: all")
     load_best_model_at_end: bool = Field(True, description="End with the checkpoint that evaluated best")
-    metric_for_best_model: str = Field("eval_loss", description="Metric that decides which is best; lower is better")
+    metric_for_best_model: str = Field("eval_loss", description="Metric that decides which is best")
     early_stopping_patience: int | None = Field(
         3, ge=1, description="Evaluations without improvement before stopping; null: never"
     )

@@ -32,26 +32,29 @@ def to_conversation(values: dict[str, Any], system_prompt: str | None = None) ->
         ValueError: the layout is not one of these, a field is missing, empty or no string, or turns do not alternate.
     """
     if "messages" in values:
-        messages = _messages(values["messages"], "messages")
+        messages = read_messages(values["messages"], "messages")
     elif "conversations" in values:
-        messages = _messages(values["conversations"], "conversations")
+        messages = read_messages(values["conversations"], "conversations")
     elif "prompt" in values and "completion" in values:
         messages = _turn(values, "prompt", "user") + _turn(values, "completion", "assistant")
     elif "instruction" in values and ("response" in values or "output" in values):
         answer = "response" if "response" in values else "output"
-        question = _text(values, "instruction")
+        question = field_text(values, "instruction")
         if values.get("input") and str(values["input"]).strip():
-            question += "\n\n" + _text(values, "input")
+            question += "\n\n" + field_text(values, "input")
         messages = _history(values.get("history") or [])
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": _text(values, answer)}]
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": field_text(values, answer)},
+        ]
     else:
         raise ValueError(f"has the columns {', '.join(values) or '(none)'}, but needs {LAYOUTS}")
 
     if messages and messages[0]["role"] != "system":
-        system = _text(values, "system") if values.get("system") else system_prompt
+        system = field_text(values, "system") if values.get("system") else system_prompt
         if system:
             messages.insert(0, {"role": "system", "content": system})
-    _check_turns(messages)
+    check_turns(messages)
     return messages
 
 
@@ -60,16 +63,16 @@ def _history(pairs: Any) -> list[Message]:
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError("history: must be a list of [question, answer] pairs")
     sides = [(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
-    return [{"role": role, "content": _text({"history": text}, "history")} for role, text in sides]
+    return [{"role": role, "content": field_text({"history": text}, "history")} for role, text in sides]
 
 
 def _turn(values: dict[str, Any], column: str, role: str) -> list[Message]:
     if isinstance(values[column], list):
-        return _messages(values[column], column)
-    return [{"role": role, "content": _text(values, column)}]
+        return read_messages(values[column], column)
+    return [{"role": role, "content": field_text(values, column)}]
 
 
-def _messages(items: Any, column: str) -> list[Message]:
+def read_messages(items: Any, column: str) -> list[Message]:
     if not isinstance(items, list):
         raise ValueError(f"{column}: must be a list of messages, found a {type(items).__name__}")
     messages = []
@@ -81,11 +84,11 @@ def _messages(items: Any, column: str) -> list[Message]:
         role = item.get(role_key)
         if not isinstance(role, str) or role not in _ROLES:
             raise ValueError(f"{place}.{role_key}: {role!r} is no role; use system, user or assistant")
-        messages.append({"role": _ROLES[role], "content": _text(item, text_key, f"{place}.")})
+        messages.append({"role": _ROLES[role], "content": field_text(item, text_key, f"{place}.")})
     return messages
 
 
-def _text(values: dict[str, Any], key: str, place: str = "") -> str:
+def field_text(values: dict[str, Any], key: str, place: str = "") -> str:
     text = values.get(key)
     if not isinstance(text, str):
         raise ValueError(f"{place}{key}: must be text, found {'nothing' if text is None else type(text).__name__}")
@@ -96,7 +99,7 @@ def _text(values: dict[str, Any], key: str, place: str = "") -> str:
     return text
 
 
-def _check_turns(messages: list[Message]) -> None:
+def check_turns(messages: list[Message]) -> None:
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if turns[-1:] != ["assistant"]:

@@ -19,10 +19,19 @@ class Completion(NamedTuple):
 
 
 class Group(NamedTuple):
-    """A prompt's token ids [length ≥ 1] and the completions that share it."""
+    """A prompt's token ids [length ≥ 1] and the completions that share it: the chosen one first, then the rejected.
+
+    Attributes:
+        label: whether the completion is desirable, for methods that learn from single completions.
+        mismatched: a completion of another prompt, for KTO's estimate of the divergence.
+        reference: the reference's log-probability of each completion (and of `mismatched`), where it is precomputed.
+    """
 
     prompt: np.ndarray
     completions: tuple[Completion, ...]
+    label: bool = True
+    mismatched: Completion | None = None
+    reference: tuple[float, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -59,7 +68,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
 
 @dataclasses.dataclass
 class PackedBatch:
-    """One token stream of N tokens with S attention segments, T targets and C completions.
+    """One token stream of N tokens with S attention segments, T targets, C completions and G groups.
 
     A group of one completion is one segment. A group of several has a segment for the prompt and one for each
     completion, whose keys and values are the prompt's followed by its own (`kv_index`).
@@ -75,7 +84,13 @@ class PackedBatch:
     target_index: torch.Tensor  # [T] int64: stream position whose hidden state predicts the target
     target_ids: torch.Tensor  # [T] int64
     target_completion: torch.Tensor  # [T] int64 in [0, C): the completion that the target belongs to
-    num_completions: int  # C
+    completion_group: torch.Tensor  # [C] int64 in [0, G): the group that the completion belongs to
+    labels: torch.Tensor  # [G] bool
+    reference: torch.Tensor | None  # [C] float32: the reference's log-probabilities, where all are precomputed
+
+    @property
+    def num_completions(self) -> int:
+        return len(self.completion_group)
 
     def _map_tensors(self, function) -> PackedBatch:
         tensors = {k: function(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
@@ -95,7 +110,7 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
     query_lengths: list[int] = []
     key_lengths: list[int] = []
     start = completion_number = 0
-    for prompt, completions in groups:
+    for prompt, completions, *_ in groups:
         ids.append(prompt)
         positions.append(np.arange(len(prompt)))
         prompt_span = np.arange(start, start + len(prompt))
@@ -138,8 +153,18 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
         target_index=long(target_index),
         target_ids=long(target_ids),
         target_completion=long(target_completion),
-        num_completions=completion_number,
+        completion_group=long([np.full(len(group.completions), i) for i, group in enumerate(groups)]),
+        labels=torch.tensor([group.label for group in groups]),
+        reference=_reference(groups),
     )
+
+
+def _reference(groups: Sequence[Group]) -> torch.Tensor | None:
+    values = [group.reference for group in groups]
+    if any(value is None for value in values):
+        return None
+    pairs = zip(groups, values, strict=True)
+    return torch.tensor([v for group, value in pairs for v in (value or ())[: len(group.completions)]])
 
 
 def micro_batches(groups: Sequence[Group], token_budget: int) -> list[PackedBatch]:

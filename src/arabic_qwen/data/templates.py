@@ -88,30 +88,60 @@ def render_pieces(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     Raises:
         ValueError: a message holds a control token, or the template cannot render the conversation.
     """
+    check_control_tokens(tokenizer, messages)
+    turns = []
+    for position, message in enumerate(messages):
+        if message["role"] == "assistant":
+            turns.append(_render_turn(tokenizer, messages[: position + 1]))
+
+    one_text = all(later[0].startswith(earlier[0] + earlier[1]) for earlier, later in itertools.pairwise(turns))
+    if not one_text:
+        return [[Piece(before, False), Piece(answer, True)] for before, answer in turns]
+    pieces, done = [], 0
+    for before, answer in turns:
+        pieces += [Piece(before[done:], False), Piece(answer, True)]
+        done = len(before) + len(answer)
+    return [pieces]
+
+
+def render_answer(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: str) -> list[Piece]:
+    """The rendered prompt and the rendered answer to it; earlier turns of the assistant belong to the prompt.
+
+    Raises:
+        ValueError: as :func:`render_pieces`.
+    """
+    messages = [*prompt, {"role": "assistant", "content": answer}]
+    check_control_tokens(tokenizer, messages)
+    before, rendered = _render_turn(tokenizer, messages)
+    return [Piece(before, False), Piece(rendered, True)]
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """The conversation up to where the assistant's answer starts.
+
+    Raises:
+        ValueError: the template cannot render the conversation.
+    """
+    return _render(tokenizer, messages, add_generation_prompt=True)
+
+
+def _render_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[str, str]:
+    """What stands before the last message, an assistant's, and what rendering adds for it."""
+    before = render_prompt(tokenizer, messages[:-1])
+    after = _render(tokenizer, messages, add_generation_prompt=False)
+    if not after.startswith(before):
+        raise ValueError("the tokenizer's chat template changes the prompt once it is answered; use chatml")
+    return before, after[len(before) :]
+
+
+def check_control_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> None:
+    """Raise ValueError where a text holds a control token, which would end its turn in the middle."""
     # all_special_tokens lacks those of the vocabulary that the tokenizer's configuration does not name.
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     for message in messages:
         for token in special.union(tokenizer.all_special_tokens):
             if token in message["content"]:
                 raise ValueError(f"the {message['role']}'s text holds the control token {token}; remove it")
-
-    turns = []
-    for position, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = _render(tokenizer, messages[:position], add_generation_prompt=True)
-            after = _render(tokenizer, messages[: position + 1], add_generation_prompt=False)
-            if not after.startswith(before):
-                raise ValueError("the tokenizer's chat template changes the prompt once it is answered; use chatml")
-            turns.append((before, after))
-
-    one_text = all(later[0].startswith(earlier[1]) for earlier, later in itertools.pairwise(turns))
-    if not one_text:
-        return [[Piece(before, False), Piece(after[len(before) :], True)] for before, after in turns]
-    pieces, done = [], 0
-    for before, after in turns:
-        pieces += [Piece(before[done:], False), Piece(after[len(before) :], True)]
-        done = len(after)
-    return [pieces]
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:

@@ -3,19 +3,6 @@
 import torch
 
 
-def sft_loss(policy_logps: torch.Tensor, *, num_tokens: torch.Tensor | int) -> torch.Tensor:
-    """−Σ log π(token) / num_tokens.
-
-    Args:
-        policy_logps: [T] log-probabilities of target tokens, any part of an optimizer step.
-        num_tokens: target tokens of the whole step, so that the parts' losses add up to the step's token mean.
-
-    Returns:
-        Scalar.
-    """
-    return -policy_logps.sum() / num_tokens
-
-
 def chosen_nll(policy_chosen: torch.Tensor, *, mean_length: torch.Tensor | float) -> torch.Tensor:
     """The supervised part of CPO, ORPO and DPO's "sft", a row: −log π(y_c) / mean_length.
 

@@ -173,6 +173,11 @@ def add_lora(model: PreTrainedModel, config: BaseConfig) -> PeftModel:
     return get_peft_model(model, lora)
 
 
+def own_adapter_only(model: Any) -> dict[str, Any]:
+    """Arguments for `save_pretrained` that leave out the adapters of a reference policy."""
+    return {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
+
+
 def merged_copy(model: PeftModel, config: BaseConfig, adapter_dir: str | os.PathLike) -> PreTrainedModel:
     """The base model, loaded again unquantised, with the adapter saved in `adapter_dir` merged into it."""
     base = _base_of(os.fspath(adapter_dir))

@@ -50,8 +50,10 @@ class _TokenLogps(torch.autograd.Function):
             lse[chunk] = logits.logsumexp(-1)
             logps[chunk] = logits.gather(-1, targets[chunk, None])[:, 0] - lse[chunk]
             if slope is not None:
-                softmax = logits.sub_(lse[chunk, None]).exp_().to(weight.dtype)
-                slope[chunk] = weight[targets[chunk]] - softmax @ weight
+                # The one-hot is subtracted in float32: for confident tokens the difference is small.
+                softmax = logits.sub_(lse[chunk, None]).exp_()
+                softmax.scatter_add_(-1, targets[chunk, None], softmax.new_full((len(softmax), 1), -1.0))
+                slope[chunk] = -(softmax.to(weight.dtype) @ weight)
         weight_trained = ctx.needs_input_grad[1]
         ctx.save_for_backward(slope, *((hidden, weight, targets, lse) if weight_trained else ()))
         return logps
@@ -69,8 +71,7 @@ class _TokenLogps(torch.autograd.Function):
                 chunk = slice(start, start + rows.step)
                 logits = (hidden[chunk] @ weight.T).float()
                 softmax = logits.sub_(lse[chunk, None]).exp_()
-                scaled = (grad[chunk, None] * hidden[chunk]).to(weight.dtype)
-                grad_weight -= softmax.to(weight.dtype).T @ scaled
-                grad_weight.index_add_(0, targets[chunk], scaled.float())
+                softmax.scatter_add_(-1, targets[chunk, None], softmax.new_full((len(softmax), 1), -1.0))
+                grad_weight -= softmax.to(weight.dtype).T @ (grad[chunk, None] * hidden[chunk]).to(weight.dtype)
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None

@@ -25,6 +25,9 @@ _CHECKPOINTING = next(
 )
 
 
+_HIGHER_IS_BETTER = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "logps/chosen")
+
+
 class Schedule(NamedTuple):
     """When to evaluate and to save, in a combination that transformers accepts."""
 
@@ -81,7 +84,7 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
             save_total_limit=config.save_total_limit,
             load_best_model_at_end=schedule.keep_best,
             metric_for_best_model=config.metric_for_best_model,
-            greater_is_better=False,
+            greater_is_better=config.metric_for_best_model.endswith(_HIGHER_IS_BETTER),
             report_to=config.report_to,
             run_name=config.run_name,
             seed=config.seed,

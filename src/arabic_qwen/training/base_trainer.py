@@ -18,22 +18,23 @@ from transformers import (
 )
 
 from arabic_qwen.config import BaseConfig, SFTConfig, load_config
-from arabic_qwen.data.conversations import Message
 from arabic_qwen.data.loaders import DATA_LOADERS, GroupDataset, SFTDataLoader, to_padded
 from arabic_qwen.data.templates import set_template, stop_token_ids
 from arabic_qwen.errors import ConfigurationError, DatasetError, TrainingError
 from arabic_qwen.models import loading
+from arabic_qwen.models.reference import precompute, reference_policy
 from arabic_qwen.training import checkpoints
 from arabic_qwen.training.arguments import Schedule, resolve_schedule, training_arguments
 from arabic_qwen.training.callbacks import ProgressDisplay, RunLog
 from arabic_qwen.training.engine import PackedTrainer
+from arabic_qwen.training.generation import GenerationMixin
 from arabic_qwen.training.objectives import OBJECTIVES
 from arabic_qwen.training.report import model_card
 
 _TIMINGS = ("_runtime", "_per_second", "_time")
 
 
-class BaseTrainer:
+class BaseTrainer(GenerationMixin):
     """Trains, evaluates, saves, loads and generates with one model.
 
     The method follows from the configuration's class. A subclass may override :meth:`_get_training_method` and
@@ -47,37 +48,64 @@ class BaseTrainer:
         ConfigurationError: (a ValueError) `model_name` or `dataset_path` is missing, or a value is bad.
     """
 
+    #: The configuration that a subclass needs; None: any, and SFTConfig's defaults for other objects.
+    config_class: type[BaseConfig] | None = None
+
     def __init__(self, config: Any):
+        if self.config_class and isinstance(config, BaseConfig) and not isinstance(config, self.config_class):
+            raise ConfigurationError(
+                f"{type(self).__name__} needs a {self.config_class.__name__}, not a {type(config).__name__}"
+            )
         for name in ("model_name", "dataset_path"):
             if not hasattr(config, name):
                 raise ConfigurationError(f"{name} is required")
         if not isinstance(config, BaseConfig):
-            for name, field in SFTConfig.model_fields.items():
+            for name, field in (self.config_class or SFTConfig).model_fields.items():
                 if not hasattr(config, name):
                     setattr(config, name, field.get_default(call_default_factory=True))
         self.config = config
-        self._inherit_prompt_format(config.model_name, keep=_validated(config).model_fields_set)
+        self._validated()
         self.logger = logging.getLogger(self.__class__.__name__)
         self.model: Any = None  # PreTrainedModel, or PeftModel around one
         self.tokenizer: Any = None  # PreTrainedTokenizerBase
         self.trainer: Trainer | None = None
         self.data_loader: SFTDataLoader | None = None
         self.dataset: dict[str, Any] | None = None
-        self._source: str = config.model_name
+        self._loaded_from: str | None = None  # by load_model()
+        self._start: str = ""  # what the model in memory was before its training
         self._model_is_trainable = True
         self.metrics: dict[str, float] = {}
         self.logger.info("Initialized %s", self.__class__.__name__)
 
     def _get_training_method(self) -> str:
         """Name of the training method: "sft"; anything that is not ours needs its own :meth:`create_trainer`."""
-        return _validated(self.config).method
+        return self._validated().method
 
-    def _inherit_prompt_format(self, model_path: str, keep: set[str]) -> None:
-        """Take over how an earlier run's output was prompted, but for the fields in `keep`."""
-        if loading.is_run_output(model_path):
-            saved = load_config(Path(model_path, loading.RUN_CONFIG))
-            for name in {"instruction_template", "response_template", "system_prompt"} - keep:
-                setattr(self.config, name, getattr(saved, name))
+    def _validated(self) -> BaseConfig:
+        """The configuration as a class of ours; bad values raise ConfigurationError."""
+        if isinstance(self.config, BaseConfig):
+            return self.config
+        given = {}
+        config_class = self.config_class or SFTConfig
+        for name, field in config_class.model_fields.items():
+            value = getattr(self.config, name)
+            if value != field.get_default(call_default_factory=True):
+                given[name] = value
+        return config_class(**given)
+
+    @property
+    def _source(self) -> str:
+        """Where the model is loaded from."""
+        return self._loaded_from or self.config.model_name
+
+    def _inherit_prompt_format(self, model_path: str, keep: set[str]) -> BaseConfig | None:
+        """Take over how an earlier run's output was prompted, but for the fields in `keep`; give that run's settings."""
+        if not loading.is_run_output(model_path):
+            return None
+        saved = load_config(Path(model_path, loading.RUN_CONFIG))
+        for name in {"instruction_template", "response_template", "system_prompt"} - keep:
+            setattr(self.config, name, getattr(saved, name))
+        return saved
 
     # ---------------------------------------------------------------- the pipeline
 
@@ -89,7 +117,8 @@ class BaseTrainer:
         Raises:
             ConfigurationError, ModelLoadError, DatasetError: see the steps.
         """
-        config = _validated(self.config)
+        self._inherit_prompt_format(self._source, keep=self._validated().model_fields_set)
+        config = self._validated()
         output_dir = checkpoints.open_run(config)
         if checkpoints.is_finished(output_dir) and not config.overwrite_output_dir:
             self.logger.warning(
@@ -133,14 +162,18 @@ class BaseTrainer:
             self._load(trainable=True)
 
     def _load(self, trainable: bool) -> None:
-        self.model = loading.load_model(self._source, _validated(self.config), trainable=trainable)
+        self.model = loading.load_model(self._source, self._validated(), trainable=trainable)
         self._model_is_trainable = trainable
+        self._reference = None  # of generate_comparison()
+        if trainable:
+            self._start = self._source
         self._setup_padding_token()
         self.model.generation_config.eos_token_id = stop_token_ids(self.tokenizer)
         self.model.generation_config.pad_token_id = self.tokenizer.pad_token_id
 
     def _setup_tokenizer(self) -> None:
         if self.tokenizer is None:
+            self._inherit_prompt_format(self._source, keep=self._validated().model_fields_set)
             self.tokenizer = loading.load_tokenizer(self._source)
             saved = self.tokenizer.chat_template
             set_template(self.tokenizer, self.config.instruction_template, self.config.response_template)
@@ -184,7 +217,7 @@ class BaseTrainer:
         """The data loader of the training method; methods that are not ours read supervised data."""
         self._setup_tokenizer()
         loader = DATA_LOADERS.get(self._get_training_method(), SFTDataLoader)
-        self.data_loader = loader(_validated(self.config), self.tokenizer)
+        self.data_loader = loader(self._validated(), self.tokenizer)
         return self.data_loader
 
     def load_and_validate_dataset(self) -> dict[str, Any]:
@@ -212,10 +245,10 @@ class BaseTrainer:
         schedule = self._schedule()
         if schedule.changes:
             self.logger.warning("Resolved: %s", "; ".join(schedule.changes))
-        return training_arguments(_validated(self.config), schedule)
+        return training_arguments(self._validated(), schedule)
 
     def _schedule(self) -> Schedule:
-        config = _validated(self.config)
+        config = self._validated()
         planned = bool(config.eval_dataset_path or config.validation_split)
         return resolve_schedule(config, "validation" in self.dataset if self.dataset else planned)
 
@@ -245,16 +278,29 @@ class BaseTrainer:
         method = self._get_training_method()
         if method not in OBJECTIVES:
             raise NotImplementedError(f"{type(self).__name__} must override create_trainer for its method {method!r}")
-        metric = self.config.metric_for_best_model
-        known = ["eval_loss", *(f"eval_{name}" for name in OBJECTIVES[method].derived_metrics(0.0))]
-        if training_args.load_best_model_at_end and metric not in known:
+        config = self._validated()
+        objective = OBJECTIVES[method](config)
+        known = ["eval_loss", *(f"eval_{name}" for name in objective.metrics)]
+        if training_args.load_best_model_at_end and config.metric_for_best_model not in known:
             raise ConfigurationError(
-                f"metric_for_best_model: {metric!r} is not measured; choose from {', '.join(known)}"
+                f"metric_for_best_model: {config.metric_for_best_model!r} is not measured; choose from {', '.join(known)}"
             )
+        token_budget = config.token_budget or (8192 if torch.cuda.is_available() else 2048)
+        reference = None
+        if objective.needs_reference:
+            self._check_reference_tokenizer(config)
+            reference = reference_policy(self.model, self._start, config)
+            if config.precompute_reference:
+                cache = Path(config.resolved_output_dir)
+                dtype = loading.compute_dtype(config)
+                with torch.autocast(loading.device().type, dtype, enabled=dtype is not torch.float32):
+                    for split in dataset.values():
+                        split.groups = precompute(split.groups, self.model, reference, cache, token_budget)
         return PackedTrainer(
-            objective=OBJECTIVES[method],
-            token_budget=self.config.token_budget or (8192 if torch.cuda.is_available() else 2048),
-            sequence_capacity=self.config.max_seq_length if getattr(self.config, "packing", False) else None,
+            objective=objective,
+            reference=reference,
+            token_budget=token_budget,
+            sequence_capacity=config.max_seq_length if getattr(config, "packing", False) else None,
             model=self.model,
             args=training_args,
             train_dataset=dataset["train"],
@@ -262,6 +308,13 @@ class BaseTrainer:
             processing_class=self.tokenizer,
             callbacks=callbacks,
         )
+
+    def _check_reference_tokenizer(self, config: Any) -> None:
+        name = config.ref_model_name
+        if name and loading.load_tokenizer(name).get_vocab() != self.tokenizer.get_vocab():
+            raise ConfigurationError(
+                f"ref_model_name: {name} has another vocabulary than {self._source}; choose a model of the same family"
+            )
 
     # ---------------------------------------------------------------- saving and loading
 
@@ -275,10 +328,10 @@ class BaseTrainer:
             raise TrainingError("there is no model to save; call train() or load_model() first")
         if self.trainer is not None and not self.trainer.is_world_process_zero():
             return
-        config = _validated(self.config)
+        config = self._validated()
         folder = Path(output_dir or config.resolved_output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, **loading.own_adapter_only(self.model))
         merge = config.merge_and_save and isinstance(self.model, PeftModel)
         if merge:
             merged = loading.merged_copy(self.model, config, folder)
@@ -307,9 +360,10 @@ class BaseTrainer:
         Raises:
             ModelLoadError: it cannot be loaded.
         """
-        self._inherit_prompt_format(model_path, keep=set())
+        saved = self._inherit_prompt_format(model_path, keep=set())
+        self._start = saved.model_name if saved else self.config.model_name
         self.tokenizer, self.trainer = None, None
-        self._source = model_path
+        self._loaded_from = model_path
         self._setup_tokenizer()
         self._load(trainable=False)
 
@@ -326,6 +380,8 @@ class BaseTrainer:
             DatasetError: there are no validation rows, or rows that cannot be read.
         """
         self.setup_model_and_tokenizer()
+        if getattr(self.model, "is_quantized", False) and not isinstance(self.model, PeftModel):
+            self.setup_lora()  # Trainer takes no purely quantised model; new adapters change nothing
         split: Any = eval_dataset
         if eval_dataset is None:
             self.dataset = self.dataset or self.load_and_validate_dataset()
@@ -344,58 +400,3 @@ class BaseTrainer:
         if eval_dataset is None:
             self.metrics = metrics
         return metrics
-
-    def predict(self, text: str | list[str], max_length: int = 512, **kwargs: Any) -> Any:
-        """Answer a prompt, or several at once, in the prompt format that the model was trained with.
-
-        Args:
-            text: what the user says; a list is answered in batches of `per_device_eval_batch_size`.
-            max_length: new tokens at most.
-            kwargs: for `generate()`: do_sample, temperature, top_p, top_k, repetition_penalty …
-
-        Returns:
-            The answer, or a list of answers.
-        """
-        texts = [text] if isinstance(text, str) else text
-        system = [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
-        answers = self.respond([[*system, {"role": "user", "content": t}] for t in texts], max_length, **kwargs)
-        return answers[0] if isinstance(text, str) else answers
-
-    @torch.inference_mode()
-    def respond(self, conversations: list[list[Message]], max_length: int = 512, **kwargs: Any) -> list[str]:
-        """The assistant's next turn in each conversation; arguments as for :meth:`predict`."""
-        if self.model is None:
-            self.setup_model_and_tokenizer()
-        self.model.eval()
-        prompts = [
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            for messages in conversations
-        ]
-        answers = [""] * len(prompts)
-        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        size = self.config.per_device_eval_batch_size
-        for batch in (by_length[i : i + size] for i in range(0, len(prompts), size)):
-            inputs = self.tokenizer(
-                [prompts[i] for i in batch],
-                add_special_tokens=False,
-                padding=True,
-                padding_side="left",
-                return_tensors="pt",
-            ).to(self.model.device)
-            output = self.model.generate(**inputs, max_new_tokens=max_length, **kwargs)
-            texts = self.tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-            for i, answer in zip(batch, texts, strict=True):
-                answers[i] = answer.strip()
-        return answers
-
-
-def _validated(config: Any) -> BaseConfig:
-    """The configuration as a class of ours; bad values raise ConfigurationError."""
-    if isinstance(config, BaseConfig):
-        return config
-    given = {}
-    for name, field in SFTConfig.model_fields.items():
-        value = getattr(config, name)
-        if value != field.get_default(call_default_factory=True):
-            given[name] = value
-    return SFTConfig(**given)

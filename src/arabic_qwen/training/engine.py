@@ -10,34 +10,41 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput
 
 from arabic_qwen.data.packing import Group, PackedBatch, best_fit_decreasing, micro_batches, pack
-from arabic_qwen.training.objectives import Objective, Totals
+from arabic_qwen.losses.kto import kto_kl
+from arabic_qwen.models.reference import REFERENCE_ADAPTER, Reference
+from arabic_qwen.training.objectives import Objective, Scores, Sums, join_scores
 
 
 @dataclasses.dataclass
 class Step:
-    """One rank's share of an optimizer step, or of an evaluation batch."""
+    """One rank's share of an optimizer step, or of an evaluation set."""
 
     batches: list[PackedBatch]
-    totals: Totals
+    kl_batches: list[PackedBatch]  # each prompt with a completion of another, for KTO
+    groups: int
+    chosen_tokens: int  # targets of the groups' first completions
     num_tokens: int  # in the streams
 
     def pin_memory(self) -> Step:
-        return dataclasses.replace(self, batches=[batch.pin_memory() for batch in self.batches])
-
-
-def _count(groups: Sequence[Group]) -> Totals:
-    return Totals(len(groups), sum(int(group.completions[0].targets.sum()) for group in groups))
+        return dataclasses.replace(
+            self,
+            batches=[batch.pin_memory() for batch in self.batches],
+            kl_batches=[batch.pin_memory() for batch in self.kl_batches],
+        )
 
 
 class _Sequences(Dataset[list[Group]]):
@@ -48,6 +55,7 @@ class _Sequences(Dataset[list[Group]]):
         lengths = [group.num_tokens for group in groups]
         self.members = best_fit_decreasing(lengths, capacity) if capacity else [[i] for i in range(len(groups))]
         self.lengths = [sum(lengths[i] for i in members) for members in self.members]
+        self.labels = [groups[members[0]].label for members in self.members]
 
     def __len__(self) -> int:
         return len(self.members)
@@ -64,8 +72,9 @@ class _StepSampler(Sampler[list[int]]):
     repeated.
     """
 
-    def __init__(self, args: TrainingArguments, lengths: list[int], epoch: Callable[[], int]):
+    def __init__(self, args: TrainingArguments, lengths: list[int], labels: list[bool], epoch: Callable[[], int]):
         self.lengths = lengths
+        self.labels = labels
         self.epoch = epoch
         self.by_length = args.train_sampling_strategy == "group_by_length"
         self.seed = args.seed if args.data_seed is None else args.data_seed
@@ -80,7 +89,11 @@ class _StepSampler(Sampler[list[int]]):
         generator = torch.Generator().manual_seed(self.seed + self.epoch())
         if self.by_length:
             return get_length_grouped_indices(self.lengths, self.step_size, generator=generator)
-        return torch.randperm(len(self.lengths), generator=generator).tolist()
+        shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
+        # Desirable and undesirable rows, spread evenly over the epoch, so that every step has its share of both.
+        classes = [[i for i in shuffled if self.labels[i] is label] for label in (True, False)]
+        place = {i: (position + 0.5) / len(rows) for rows in classes for position, i in enumerate(rows)}
+        return sorted(shuffled, key=lambda i: place[i])
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order()
@@ -90,23 +103,39 @@ class _StepSampler(Sampler[list[int]]):
             yield step[self.rank :: self.world_size]
 
 
+def _completion_sums(batch: PackedBatch, logps: torch.Tensor) -> torch.Tensor:
+    """[C] sums of the targets' log-probabilities [T]."""
+    return logps.new_zeros(batch.num_completions).index_add(0, batch.target_completion, logps)
+
+
 class PackedTrainer(Trainer):
     """transformers.Trainer whose batches are packed and whose loss is an :class:`Objective`.
 
     Args:
         objective: the method's loss and metrics.
+        reference: (model) -> context in which the reference model is called; for objectives that need one.
         token_budget: tokens of a micro-batch.
         sequence_capacity: tokens that a training sequence is filled up to with several examples; None: one example.
         kwargs: as for transformers.Trainer; datasets are sequences of :class:`Group`, the model has
             `enable_packed_forward`.
     """
 
-    def __init__(self, *, objective: Objective, token_budget: int, sequence_capacity: int | None = None, **kwargs):
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        token_budget: int,
+        sequence_capacity: int | None = None,
+        reference: Reference | None = None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.objective: Objective = objective
         self.train_groups: Any = self.train_dataset
         self.token_budget = token_budget
         self.sequence_capacity = sequence_capacity
+        self.reference: Any = reference
+        self._sums: Sums = {}
         self._tokens_since_log = 0
         self._last_log_time = time.perf_counter()
 
@@ -121,12 +150,23 @@ class PackedTrainer(Trainer):
 
     def _collate(self, sequences: list[list[Group]]) -> Step:
         groups = [group for sequence in sequences for group in sequence]
-        return Step(micro_batches(groups, self.token_budget), _count(groups), sum(group.num_tokens for group in groups))
+        kl_groups = [
+            group._replace(completions=(group.mismatched,), reference=group.reference and group.reference[1:])
+            for group in groups
+            if group.mismatched
+        ]
+        return Step(
+            batches=micro_batches(groups, self.token_budget),
+            kl_batches=micro_batches(kl_groups, self.token_budget),
+            groups=len(groups),
+            chosen_tokens=sum(int(group.completions[0].targets.sum()) for group in groups),
+            num_tokens=sum(group.num_tokens for group in groups),
+        )
 
     def get_train_dataloader(self) -> DataLoader:
         sequences = _Sequences(self.train_groups, self.sequence_capacity)
         # Trainer has set state.epoch when it starts an epoch, also in the middle of one after a resume.
-        sampler = _StepSampler(self.args, sequences.lengths, epoch=lambda: int(self.state.epoch or 0))
+        sampler = _StepSampler(self.args, sequences.lengths, sequences.labels, epoch=lambda: int(self.state.epoch or 0))
         return self._loader(sequences, sampler)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
@@ -140,33 +180,105 @@ class PackedTrainer(Trainer):
 
     def training_step(self, model, inputs: Any, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward of every micro-batch of the step; returns this rank's part of the loss × ranks."""
-        if not inputs.totals.groups and not self.accelerator.gradient_state.sync_gradients:
+        if not inputs.groups and not self.accelerator.gradient_state.sync_gradients:
             return torch.zeros((), device=self.args.device)
         model.train()
-        totals, ranks = inputs.totals, self.args.world_size
+        num_groups, mean_length = self._totals(inputs)
+        kl = self._kl(inputs.kl_batches) if self.objective.needs_kl else 0.0
+        slopes = self._slopes(inputs.batches, mean_length) if self.objective.whole_step else None
         batches = inputs.batches or [pack([self.train_groups[0]])]  # a rank without rows still joins the reduction
-        share = ranks if inputs.batches else 0  # DDP averages gradients over ranks
-        if ranks > 1:
-            counts = torch.tensor([totals.groups, totals.tokens], device=self.args.device)
-            totals = Totals(*self.accelerator.reduce(counts, "sum"))
+        share = self.args.world_size if inputs.batches else 0  # DDP averages gradients over ranks
         loss_sum = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(batches, 1):
             last = number == len(batches)
             self.accelerator.gradient_state._set_sync_gradients(last)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                batch = batch.to(self.args.device)
-                loss = self.objective.loss(model(packed=batch), batch, totals) * share
+                scores = self._score(model, batch.to(self.args.device), mean_length, kl)
+                self._add_metrics(scores, counted=share > 0)
+                if slopes is None:
+                    loss = self.objective.loss(scores).sum() / num_groups * share
+                    loss_sum += loss.detach()
+                else:
+                    loss = (scores.policy * next(slopes, 0.0)).sum() * share
                 # DeepSpeed would divide by its own count of accumulation steps.
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
-            loss_sum += loss.detach()
         self._tokens_since_log += inputs.num_tokens
-        return loss_sum
+        return self._whole_step_loss if slopes is not None else loss_sum
+
+    def _totals(self, step: Step) -> tuple[torch.Tensor | int, torch.Tensor | float]:
+        """Groups of the step and targets of its mean first completion, over all ranks."""
+        if self.args.world_size == 1:
+            return step.groups, step.chosen_tokens / max(step.groups, 1)
+        counts = torch.tensor([step.groups, step.chosen_tokens], device=self.args.device, dtype=torch.float32)
+        groups, tokens = self.accelerator.reduce(counts, "sum")
+        return groups, tokens / groups
+
+    def _score(self, model, batch: PackedBatch, mean_length, kl: torch.Tensor | float = 0.0) -> Scores:
+        """Log-probabilities of a batch's completions; the reference's too where the objective needs them."""
+        reference = None
+        if self.objective.needs_reference:
+            reference = batch.reference
+            if reference is None:
+                with torch.no_grad(), self.accelerator.autocast(), self.reference(self.model) as frozen:
+                    reference = _completion_sums(batch, frozen(packed=batch))
+        return Scores(
+            policy=_completion_sums(batch, model(packed=batch)),
+            reference=reference,
+            length=torch.bincount(batch.target_completion, minlength=batch.num_completions),
+            group=batch.completion_group,
+            label=batch.labels,
+            mean_chosen_length=mean_length,
+            kl=kl,
+        )
+
+    @torch.no_grad()
+    def _kl(self, batches: list[PackedBatch]) -> torch.Tensor:
+        """KTO's z from the mismatched completions of the whole step, all ranks."""
+        # Not through DDP, whose ranks must call forward equally often: one may have no rows.
+        scores, _ = self._gather([self._score(self.model, batch.to(self.args.device), 1.0) for batch in batches])
+        return kto_kl(scores.policy, scores.reference)
+
+    def _slopes(self, batches: list[PackedBatch], mean_length) -> Iterator[torch.Tensor]:
+        """d loss / d log-probability of each batch's completions, where the loss needs the whole step at once."""
+        with torch.no_grad(), torch.random.fork_rng():  # the pass with gradients sees the same dropout
+            parts = [self._score(self.model, batch.to(self.args.device), mean_length) for batch in batches]
+        scores, own = self._gather(parts)
+        policy = scores.policy.requires_grad_()
+        loss = self.objective.loss(scores).mean()
+        (slope,) = torch.autograd.grad(loss, policy)
+        self._whole_step_loss = loss.detach()
+        return iter(slope[own].split([len(part.policy) for part in parts]))
+
+    def _gather(self, parts: list[Scores]) -> tuple[Scores, slice]:
+        """All ranks' scores as one, and which completions of it are this rank's."""
+        everyone = [parts]
+        if self.args.world_size > 1:
+            everyone = gather_object([[part.to("cpu") for part in parts]])
+        counts = [sum(len(part.policy) for part in own) for own in everyone]
+        start = sum(counts[: self.args.process_index])
+        joined = join_scores([part.to(self.args.device) for own in everyone for part in own])
+        return joined, slice(start, start + counts[self.args.process_index])
+
+    def _add_metrics(self, scores: Scores, counted: bool) -> None:
+        """Add to the sums, or only zeros: all ranks must have the same ones when they are reduced."""
+        for name, value in self.objective.sums(scores).items():
+            self._sums[name] = self._sums.get(name, 0.0) + value * counted
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Checkpoints hold the adapters in training; those of the reference are where training started."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            shutil.rmtree(Path(str(output_dir or self.args.output_dir), REFERENCE_ADAPTER), ignore_errors=True)
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # Trainer's estimate reads padded inputs; tokens per second is logged instead
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            if self._sums:
+                values = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum").tolist()
+                logs |= self.objective.derive(dict(zip(self._sums, values, strict=True)), logs["loss"])
+                self._sums = {}
             now = time.perf_counter()
             logs["tokens_per_second"] = round(self._tokens_since_log / (now - self._last_log_time), 1)
             self._tokens_since_log, self._last_log_time = 0, now
@@ -192,17 +304,22 @@ class PackedTrainer(Trainer):
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.callback_handler.eval_dataloader = dataloader
         sequences: _Sequences = dataloader.dataset  # type: ignore[assignment]
-        totals = _count(sequences.groups)
         model: Any = self.model
         model.eval()
-        loss = torch.zeros((), device=self.args.device)
+        parts: list[Scores] = []
+        kl_parts: list[Scores] = []
         for step in dataloader:
-            for batch in step.batches:
-                batch = batch.to(self.args.device)
-                loss += self.objective.loss(model(packed=batch), batch, totals)
+            for batches, scored in ((step.batches, parts), (step.kl_batches, kl_parts)):
+                scored += [self._score(model, batch.to(self.args.device), 1.0) for batch in batches]
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        loss_value = self.accelerator.reduce(loss, "sum").item()
-        metrics = {"loss": loss_value, **self.objective.derived_metrics(loss_value)}
+        scores, _ = self._gather(parts)
+        scores.mean_chosen_length = scores.length[scores.first].float().mean()
+        if self.objective.needs_kl:
+            kl_scores, _ = self._gather(kl_parts)
+            scores.kl = kto_kl(kl_scores.policy, kl_scores.reference)
+        loss = self.objective.loss(scores).mean().item()
+        sums = {name: value.item() for name, value in self.objective.sums(scores).items()}
+        metrics = {"loss": loss, **self.objective.derive(sums, loss)}
         self._last_log_time += time.perf_counter() - started  # tokens per second are those of training
         return EvalLoopOutput(
             predictions=None,  # type: ignore[arg-type]

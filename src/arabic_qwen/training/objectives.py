@@ -1,23 +1,67 @@
-"""What each method optimises: from target log-probabilities to a loss and the metrics reported with it."""
+"""What each method optimises: a loss for each group of completions, and the metrics that are reported with it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from arabic_qwen.data.packing import PackedBatch
-from arabic_qwen.losses.sft import sft_loss
+from arabic_qwen.losses.cpo import cpo_loss
+from arabic_qwen.losses.dpo import STEP_COUPLED, dpo_loss, implicit_rewards
+from arabic_qwen.losses.ipo import ipo_loss
+from arabic_qwen.losses.kto import kto_loss
+from arabic_qwen.losses.orpo import orpo_loss
+from arabic_qwen.losses.sft import chosen_nll
+from arabic_qwen.losses.simpo import simpo_loss
 
 
-@dataclasses.dataclass(frozen=True)
-class Totals:
-    """Counts over a whole optimizer step or evaluation set, all ranks: what its micro-batches' losses are divided by."""
+@dataclasses.dataclass
+class Scores:
+    """Log-probabilities of C completions in G groups, any part of an optimizer step or evaluation set."""
 
-    groups: torch.Tensor | int
-    tokens: torch.Tensor | int  # target tokens of each group's first completion
+    policy: torch.Tensor  # [C] float32, summed over the completion's targets
+    reference: torch.Tensor | None  # [C] float32; None for methods without one
+    length: torch.Tensor  # [C] targets
+    group: torch.Tensor  # [C] int64 in [0, G), ascending; a group's first completion is the chosen one
+    label: torch.Tensor  # [G] bool
+    mean_chosen_length: torch.Tensor | float  # targets of first completions / groups, over the whole step
+    kl: torch.Tensor | float = 0.0  # KTO's z, over the whole step
+
+    @property
+    def first(self) -> torch.Tensor:
+        """[C] bool: the chosen completions."""
+        return torch.cat([self.group.new_ones(1, dtype=torch.bool), self.group[1:] != self.group[:-1]])
+
+    def split(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values of chosen [G] and of rejected completions [C − G]."""
+        first = self.first
+        return values[first], values[~first]
+
+    def to(self, device: torch.device | str) -> Scores:
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return dataclasses.replace(self, **moved)
+
+
+def join_scores(parts: list[Scores]) -> Scores:
+    """Parts as one; `mean_chosen_length` and `kl` are those of the first."""
+    groups = [len(part.label) for part in parts]
+    starts = [sum(groups[:i]) for i in range(len(groups))]
+    reference = [part.reference for part in parts if part.reference is not None]
+    return dataclasses.replace(
+        parts[0],
+        policy=torch.cat([part.policy for part in parts]),
+        reference=torch.cat(reference) if reference else None,
+        length=torch.cat([part.length for part in parts]),
+        group=torch.cat([part.group + start for part, start in zip(parts, starts, strict=True)]),
+        label=torch.cat([part.label for part in parts]),
+    )
+
+
+#: Sums over groups, by name; divided by "groups" (or what `derive` makes of them) when they are reported.
+Sums = dict[str, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,21 +69,256 @@ class Objective:
     """A training method, as far as the engine knows it.
 
     Attributes:
-        loss: (logps [T], batch, totals) -> scalar; the values for a step's micro-batches add up to its loss.
-        derived_metrics: from the evaluation loss to further metrics.
+        loss: scores -> [G] losses; the step's loss is their mean over all its groups.
+        sums: (scores, detached) -> sums that metrics are made of.
+        derive: (sums as floats, loss) -> metrics.
+        metrics: the names of what `derive` gives.
+        needs_reference: scores carry the reference's log-probabilities.
+        needs_kl: scores carry KTO's z.
+        whole_step: the loss of a group depends on the other groups of the step.
     """
 
-    loss: Callable[[torch.Tensor, PackedBatch, Totals], torch.Tensor]
-    derived_metrics: Callable[[float], dict[str, float]]
+    loss: Callable[[Scores], torch.Tensor]
+    sums: Callable[[Scores], Sums]
+    derive: Callable[[dict[str, float], float], dict[str, float]]
+    metrics: tuple[str, ...]
+    needs_reference: bool = False
+    needs_kl: bool = False
+    whole_step: bool = False
 
 
-def _perplexity(loss: float) -> dict[str, float]:
+_REPORTED = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+def _perplexity(sums: dict[str, float], loss: float) -> dict[str, float]:
     return {"perplexity": math.exp(min(loss, 700.0))}  # exp(710) overflows a float
 
 
-OBJECTIVES = {
-    "sft": Objective(
-        loss=lambda logps, batch, totals: sft_loss(logps, num_tokens=totals.tokens),
-        derived_metrics=_perplexity,
-    ),
+def _pair_sums(rewards: Callable[[Scores], torch.Tensor]) -> Callable[[Scores], Sums]:
+    """Sums over groups with a rejected completion; several negatives count by their mean."""
+
+    def sums(scores: Scores) -> Sums:
+        chosen, rejected = scores.split(rewards(scores).detach())
+        chosen_logps, rejected_logps = scores.split(scores.policy.detach())
+        chosen_length, rejected_length = scores.split(scores.length.float())
+        row = scores.group[~scores.first]
+        count = torch.bincount(row, minlength=len(chosen)).float()
+        some = count > 0
+
+        def mean(values: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(chosen).index_add(0, row, values) / count.clamp(min=1)
+
+        margin = torch.where(some, chosen - mean(rejected), 0.0)
+        longer = torch.where(some, chosen_length - mean(rejected_length), 0.0)
+        wins = torch.where(some, mean((chosen[row] > rejected).float()), 0.0)
+        return {
+            "groups": torch.tensor(float(len(chosen)), device=chosen.device),
+            "pairs": some.float().sum(),
+            "rewards/chosen": chosen.sum(),
+            "rewards/rejected": mean(rejected).sum(),
+            "rewards/margins": margin.sum(),
+            "rewards/accuracies": wins.sum(),
+            "logps/chosen": chosen_logps.sum(),
+            "logps/rejected": mean(rejected_logps).sum(),
+            "_margin²": margin.square().sum(),
+            "_longer": longer.sum(),
+            "_longer²": longer.square().sum(),
+            "_margin·longer": (margin * longer).sum(),
+        }
+
+    return sums
+
+
+def _pair_metrics(sums: dict[str, float], loss: float) -> dict[str, float]:
+    """Means over groups, and the correlation of the margin with how much longer the chosen completion is."""
+    pairs = max(sums["pairs"], 1.0)
+    metrics = {
+        name: value / pairs for name, value in sums.items() if name not in ("groups", "pairs") and name[0] != "_"
+    }
+    for name in ("rewards/chosen", "logps/chosen"):
+        metrics[name] = sums[name] / max(sums["groups"], 1.0)
+    margin, longer = sums["rewards/margins"] / pairs, sums["_longer"] / pairs
+    spread = (sums["_margin²"] / pairs - margin**2) * (sums["_longer²"] / pairs - longer**2)
+    covariance = sums["_margin·longer"] / pairs - margin * longer
+    metrics["length_bias"] = covariance / math.sqrt(spread) if spread > 1e-12 else 0.0
+    return metrics
+
+
+def _kto_sums(beta: float) -> Callable[[Scores], Sums]:
+    def sums(scores: Scores) -> Sums:
+        assert scores.reference is not None
+        rewards = implicit_rewards(scores.policy, scores.reference, beta=beta)
+        good = scores.label.float()
+        bad = 1 - good
+        logps = scores.policy.detach()
+        return {
+            "groups": good.sum() + bad.sum(),
+            "good": good.sum(),
+            "rewards/chosen": (rewards * good).sum(),
+            "rewards/rejected": (rewards * bad).sum(),
+            "rewards/accuracies": ((rewards > 0) == scores.label).float().sum(),
+            "logps/chosen": (logps * good).sum(),
+            "logps/rejected": (logps * bad).sum(),
+            "kl": torch.as_tensor(scores.kl, device=good.device) * len(good),
+        }
+
+    return sums
+
+
+def _kto_metrics(sums: dict[str, float], loss: float) -> dict[str, float]:
+    count = {"chosen": max(sums["good"], 1.0), "rejected": max(sums["groups"] - sums["good"], 1.0)}
+    metrics = {
+        name: value / count.get(name.rpartition("/")[2], max(sums["groups"], 1.0))
+        for name, value in sums.items()
+        if name not in ("groups", "good")
+    }
+    metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    return metrics
+
+
+def _implicit(beta: float) -> Callable[[Scores], torch.Tensor]:
+    def rewards(scores: Scores) -> torch.Tensor:
+        assert scores.reference is not None
+        return implicit_rewards(scores.policy, scores.reference, beta=beta)
+
+    return rewards
+
+
+def _pairs(scores: Scores) -> list[torch.Tensor]:
+    """Policy and reference log-probabilities of chosen and rejected completions, [G] each."""
+    assert scores.reference is not None
+    return [*scores.split(scores.policy), *scores.split(scores.reference)]
+
+
+def _with_reference(config: Any, loss: Callable[[Scores], torch.Tensor], whole_step: bool = False) -> Objective:
+    rewards = _pair_sums(_implicit(config.beta))
+    return Objective(
+        loss, rewards, _pair_metrics, (*_REPORTED, "length_bias"), needs_reference=True, whole_step=whole_step
+    )
+
+
+def _sft(config: Any) -> Objective:
+    def loss(scores: Scores) -> torch.Tensor:
+        return chosen_nll(scores.policy, mean_length=scores.mean_chosen_length)
+
+    return Objective(loss, lambda scores: {}, _perplexity, ("perplexity",))
+
+
+def _dpo(config: Any) -> Objective:
+    def loss(scores: Scores) -> torch.Tensor:
+        chosen_length, rejected_length = scores.split(scores.length)
+        return dpo_loss(
+            *_pairs(scores),
+            beta=config.beta,
+            loss_type=config.loss_type,
+            label_smoothing=config.label_smoothing,
+            chosen_length=chosen_length,
+            rejected_length=rejected_length,
+            mean_chosen_length=scores.mean_chosen_length,
+        )
+
+    return _with_reference(config, loss, whole_step=config.loss_type in STEP_COUPLED)
+
+
+def _ipo(config: Any) -> Objective:
+    def loss(scores: Scores) -> torch.Tensor:
+        return ipo_loss(
+            *_pairs(scores), *scores.split(scores.length), tau=config.tau, label_smoothing=config.label_smoothing
+        )
+
+    return _with_reference(config, loss)
+
+
+def _kto(config: Any) -> Objective:
+    def loss(scores: Scores) -> torch.Tensor:
+        assert scores.reference is not None
+        return kto_loss(
+            scores.policy,
+            scores.reference,
+            scores.label,
+            scores.kl,
+            beta=config.beta,
+            desirable_weight=config.desirable_weight,
+            undesirable_weight=config.undesirable_weight,
+        )
+
+    metrics = (*_REPORTED, "kl")
+    return Objective(loss, _kto_sums(config.beta), _kto_metrics, metrics, needs_reference=True, needs_kl=True)
+
+
+def _cpo(config: Any) -> Objective:
+    averaged = config.loss_type in ("ipo", "simpo")
+
+    def loss(scores: Scores) -> torch.Tensor:
+        chosen, rejected = scores.split(scores.policy)
+        chosen_length, rejected_length = scores.split(scores.length)
+        return cpo_loss(
+            chosen,
+            rejected,
+            scores.group[~scores.first],
+            chosen_length,
+            rejected_length,
+            beta=config.beta,
+            cpo_alpha=config.cpo_alpha,
+            simpo_gamma=config.simpo_gamma,
+            loss_type=config.loss_type,
+            label_smoothing=config.label_smoothing,
+            mean_chosen_length=scores.mean_chosen_length,
+        )
+
+    def rewards(scores: Scores) -> torch.Tensor:
+        return config.beta * (scores.policy / scores.length if averaged else scores.policy)
+
+    return Objective(loss, _pair_sums(rewards), _pair_metrics, (*_REPORTED, "length_bias"))
+
+
+def _simpo(config: Any) -> Objective:
+    def loss(scores: Scores) -> torch.Tensor:
+        return simpo_loss(
+            *scores.split(scores.policy),
+            *scores.split(scores.length),
+            beta=config.beta,
+            gamma_beta_ratio=config.gamma_beta_ratio,
+            label_smoothing=config.label_smoothing,
+        )
+
+    return Objective(
+        loss,
+        _pair_sums(lambda scores: config.beta * scores.policy / scores.length),
+        _pair_metrics,
+        (*_REPORTED, "length_bias"),
+    )
+
+
+def _orpo(config: Any) -> Objective:
+    def loss(scores: Scores) -> torch.Tensor:
+        chosen, rejected = scores.split(scores.policy)
+        chosen_length, rejected_length = scores.split(scores.length)
+        preference = orpo_loss(chosen, rejected, chosen_length, rejected_length, beta=config.beta)
+        return preference + chosen_nll(chosen, mean_length=scores.mean_chosen_length)
+
+    return Objective(
+        loss,
+        _pair_sums(lambda scores: config.beta * scores.policy / scores.length),
+        _pair_metrics,
+        (*_REPORTED, "length_bias"),
+    )
+
+
+#: From a method's name to its objective, given its configuration.
+OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
+    "sft": _sft,
+    "dpo": _dpo,
+    "ipo": _ipo,
+    "kto": _kto,
+    "cpo": _cpo,
+    "simpo": _simpo,
+    "orpo": _orpo,
 }

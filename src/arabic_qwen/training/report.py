@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,11 @@ LOSS_CURVE = "loss_curve.png"
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The entries of a metrics file; none where it does not exist."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # a run that was killed may leave half a line
+            entries.append(json.loads(line))
+    return entries
 
 
 def draw_loss_curve(run_dir: Path) -> Path | None:
@@ -33,7 +38,7 @@ def draw_loss_curve(run_dir: Path) -> Path | None:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
     if not axes.lines:
         return None
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=run_dir.name)
+    axes.set(xlabel="optimizer step", ylabel="loss", title=run_dir.name)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(run_dir / LOSS_CURVE, dpi=120)
@@ -54,7 +59,8 @@ def model_card(config: BaseConfig, metrics: dict[str, float], data: dict[str, st
     what = "LoRA adapters for" if adapter else "Full weights, fine-tuned from"
     lines = [*header, "", f"# {Path(config.resolved_output_dir).name}", ""]
     lines += [f"{what} `{config.model_name}`, trained with {config.method.upper()} by Arabic Qwen.", "", "## Data", ""]
-    lines += [f"- {name}, `{config.dataset_path}`: {summary}" for name, summary in data.items()] or ["- not recorded"]
+    files = {"train": config.dataset_path, "validation": config.eval_dataset_path or config.dataset_path}
+    lines += [f"- {name}, `{files[name]}`: {summary}" for name, summary in data.items()] or ["- not recorded"]
     lines += ["", "## Results", ""]
     if metrics:
         lines += ["| metric | value |", "|---|---|", *(f"| {k} | {v:.4f} |" for k, v in metrics.items())]

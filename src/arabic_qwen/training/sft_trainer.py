@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from arabic_qwen.config import SFTConfig
 from arabic_qwen.training.base_trainer import BaseTrainer
 
 
 class SFTTrainer(BaseTrainer):
     """Trains on conversations; the loss is taken on what the assistant says."""
 
-    def _get_training_method(self) -> str:
-        return "sft"
+    config_class = SFTConfig
 
     def generate_response(self, instruction: str, max_length: int = 256, **kwargs: Any) -> str:
         """Answer one instruction; `kwargs` as for :meth:`predict`."""

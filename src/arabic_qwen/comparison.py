@@ -1,0 +1,85 @@
+"""`arabic-qwen compare`: answers before and after training side by side, or rated without knowing which is which."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+from arabic_qwen.config import load_config
+from arabic_qwen.errors import ConfigurationError, DatasetError
+from arabic_qwen.models.loading import RUN_CONFIG, is_run_output
+from arabic_qwen.training.base_trainer import BaseTrainer
+
+_SIDES = {"trained": "trained_model_response", "reference": "reference_model_response"}
+
+
+def compare(model: str, prompts: list[str], prompts_file: str, count: int, max_length: int) -> list[dict[str, str]]:
+    """Greedy answers of a run's model and of what it was before, to the given prompts or to held-out ones.
+
+    Raises:
+        ConfigurationError: `model` is not the output folder of a run.
+        DatasetError: there are no prompts.
+    """
+    if not is_run_output(model):
+        raise ConfigurationError(f"{model}: has no {RUN_CONFIG}; give the output folder of a run")
+    trainer = BaseTrainer(load_config(Path(model, RUN_CONFIG)))
+    trainer.load_model(model)
+    prompts = prompts or _read_prompts(prompts_file) or _held_out_prompts(trainer)
+    if not prompts:
+        raise DatasetError("there are no prompts; give some with --prompt or --prompts FILE")
+    return trainer.generate_comparison(prompts[:count], max_length=max_length, do_sample=False)
+
+
+def _read_prompts(path: str) -> list[str]:
+    if not path:
+        return []
+    try:
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path}: cannot be read ({error}); give a UTF-8 file with one prompt a line") from None
+
+
+def _held_out_prompts(trainer: BaseTrainer) -> list[str]:
+    """What the user says last in each held-out row of the run's own data."""
+    loader = trainer.get_data_loader()
+    rows = loader.split().get("validation", [])
+    return list(dict.fromkeys(loader.last_user_turn(row.values) for row in rows))
+
+
+def rate(compared: list[dict[str, str]], ratings: Path, seed: int = 0) -> Counter[str]:
+    """Show each pair of answers shuffled and unnamed, ask which is better, and append the ratings to a file.
+
+    Prompts that the file has ratings for are not asked again, so that rating can be interrupted.
+
+    Returns:
+        How often "trained", "reference" or "tie" was preferred, over the whole file.
+    """
+    done = [json.loads(line) for line in ratings.read_text(encoding="utf-8").splitlines()] if ratings.is_file() else []
+    rated = {entry["prompt"] for entry in done}
+    for number, row in enumerate(compared, 1):
+        if row["prompt"] in rated:
+            continue
+        order = random.Random(f"{seed} {row['prompt']}").sample(list(_SIDES), 2)
+        print(f"\n[{number}/{len(compared)}] {row['prompt']}\n")
+        for letter, side in zip("AB", order, strict=True):
+            print(f"{letter}: {row[_SIDES[side]]}\n")
+        try:
+            choice = _ask()
+        except EOFError:
+            break
+        if choice == "q":
+            break
+        preferred = "tie" if choice == "t" else order["ab".index(choice)]
+        done.append({"prompt": row["prompt"], "a": order[0], "b": order[1], "preferred": preferred})
+        with ratings.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(done[-1], ensure_ascii=False) + "\n")
+    return Counter(entry["preferred"] for entry in done)
+
+
+def _ask() -> str:
+    while True:
+        choice = input("better: a, b, t (tie), q (stop) > ").strip().lower()
+        if choice in ("a", "b", "t", "q"):
+            return choice

@@ -1,0 +1,111 @@
+"""Recognises the row layouts of preference data: a prompt and its answers."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from arabic_qwen.data.conversations import Message, check_turns, field_text, read_messages
+
+_LABELS = {True: True, False: False, "desirable": True, "undesirable": False}  # 1 and 0 are True and False as keys
+
+
+class Preference(NamedTuple):
+    """A prompt that ends with a user's turn, and assistant's answers to it: the chosen one first."""
+
+    prompt: list[Message]
+    answers: list[str]
+    label: bool = True
+
+
+def to_pair(values: dict[str, Any], system_prompt: str | None = None) -> Preference:
+    """`prompt`, `chosen`, `rejected`: strings or lists of messages; `prompt` may be left out of conversations.
+
+    Raises:
+        ValueError: a field is missing, empty or malformed, or chosen and rejected are the same.
+    """
+    _require(values, "chosen", "rejected")
+    rejected = values["rejected"]
+    several = isinstance(rejected, list) and not (rejected and isinstance(rejected[0], dict))
+    if several or values.get("hard_negatives"):
+        key = "rejected" if several else "hard_negatives"
+        raise ValueError(f"{key}: only CPO learns from several rejected answers; give one, or use method cpo")
+    return to_contrast({**values, "rejected": [rejected]}, system_prompt)
+
+
+def to_contrast(values: dict[str, Any], system_prompt: str | None = None) -> Preference:
+    """`prompt`, `chosen`, and any number of negatives: `rejected` (one or a list of strings) and `hard_negatives`.
+
+    Raises:
+        ValueError: as :func:`to_pair`.
+    """
+    _require(values, "chosen", "rejected")
+    rejected = values["rejected"]
+    if not isinstance(rejected, list) or (rejected and isinstance(rejected[0], dict)):
+        rejected = [rejected]
+    hard = values.get("hard_negatives") or []
+    if not isinstance(hard, list):
+        raise ValueError(f"hard_negatives: must be a list of texts, found a {type(hard).__name__}")
+    negatives = [*rejected, *hard]
+    prompt, chosen = _answer(values, values["chosen"], "chosen")
+    answers = [chosen]
+    for position, negative in enumerate(negatives):
+        place = "rejected" if len(negatives) == 1 else f"negative {position + 1}"
+        negative_prompt, answer = _answer(values, negative, place)
+        if negative_prompt != prompt:
+            raise ValueError(f"chosen and {place} answer different prompts")
+        if answer == chosen:
+            raise ValueError(f"chosen and {place} are the same")
+        answers.append(answer)
+    return Preference(_with_system(prompt, values, system_prompt), answers)
+
+
+def to_feedback(values: dict[str, Any], system_prompt: str | None = None) -> Preference:
+    """`prompt`, `completion` and `label`: true, 1 or "desirable" for good answers, false, 0 or "undesirable" for bad.
+
+    Raises:
+        ValueError: a field is missing, empty or malformed.
+    """
+    _require(values, "completion", "label")
+    label = values["label"]
+    if not isinstance(label, (bool, int, str)) or label not in _LABELS:
+        raise ValueError(f"label: {label!r} is no label; use true or false")
+    prompt, answer = _answer(values, values["completion"], "completion")
+    return Preference(_with_system(prompt, values, system_prompt), [answer], _LABELS[label])
+
+
+def _require(values: dict[str, Any], *columns: str) -> None:
+    missing = [column for column in columns if column not in values]
+    if missing:
+        raise ValueError(f"has the columns {', '.join(values) or '(none)'}, but needs prompt, {', '.join(columns)}")
+
+
+def _answer(values: dict[str, Any], given: Any, place: str) -> tuple[list[Message], str]:
+    """The prompt's messages and the answer's text, from text or from messages that end with the answer."""
+    before = _prompt(values)
+    if not isinstance(given, list):
+        if not before:
+            raise ValueError("prompt: is missing")
+        text = field_text({place: given}, place)
+        check_turns([*before, {"role": "assistant", "content": text}])
+        return before, text
+    messages = read_messages(given, place)
+    if messages[: len(before)] != before:
+        messages = [*before, *messages]
+    check_turns(messages)
+    return messages[:-1], messages[-1]["content"]
+
+
+def _prompt(values: dict[str, Any]) -> list[Message]:
+    prompt = values.get("prompt")
+    if prompt is None:
+        return []
+    if isinstance(prompt, list):
+        return read_messages(prompt, "prompt")
+    return [{"role": "user", "content": field_text(values, "prompt")}]
+
+
+def _with_system(prompt: list[Message], values: dict[str, Any], system_prompt: str | None) -> list[Message]:
+    if prompt[0]["role"] == "system":
+        return prompt
+    system = field_text(values, "system") if values.get("system") else system_prompt
+    return [{"role": "system", "content": system}, *prompt] if system else prompt

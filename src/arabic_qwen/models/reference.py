@@ -1,0 +1,145 @@
+"""The reference policy that preference methods compare with, and its log-probabilities kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+
+from arabic_qwen.data.packing import Group
+from arabic_qwen.models.loading import is_adapter, load_model
+from arabic_qwen.models.scoring import score_completions
+
+logger = logging.getLogger(__name__)
+
+#: (policy model) -> context that gives the model to call for reference log-probabilities.
+Reference = Callable[[Any], contextlib.AbstractContextManager[Any]]
+
+REFERENCE_ADAPTER = "reference"
+
+
+@contextlib.contextmanager
+def adapters_off(model: PeftModel) -> Iterator[PeftModel]:
+    """The base model under new adapters: what the policy was before training."""
+    training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter():
+            yield model
+    finally:
+        model.train(training)
+
+
+def earlier_adapter(model: Any, path: str) -> Reference:
+    """The policy as an earlier run left it: a second, frozen copy of the adapters that training goes on with."""
+    model.load_adapter(path, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+    model.set_adapter("default")
+
+    @contextlib.contextmanager
+    def reference(model: Any) -> Iterator[Any]:
+        training = model.training
+        model.eval()
+        model.base_model.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
+        try:
+            yield model
+        finally:
+            model.base_model.set_adapter("default")
+            model.train(training)
+
+    return reference
+
+
+def reference_policy(model: Any, source: str, config: Any) -> Reference:
+    """The reference of a policy that training starts from `source`.
+
+    `config.ref_model_name` where it is set; else what the policy was before training: its base model under new adapters,
+    a second copy of the adapters of an earlier run, or a second copy of the model for full fine-tuning and where biases
+    of the base model are trained.
+    """
+    name = getattr(config, "ref_model_name", None)
+    if name:
+        return other_model(load_model(name, config, trainable=False))
+    if not isinstance(model, PeftModel) or _trains_biases(model):
+        # Loaded as the policy is, so that both round alike and the first margin is 0.
+        return other_model(load_model(source, config, trainable=not config.use_lora))
+    if is_adapter(source):
+        return earlier_adapter(model, source)
+    return adapters_off
+
+
+def _trains_biases(model: PeftModel) -> bool:
+    """Trained biases belong to the base model: they stay when its adapters are switched off."""
+    return any(getattr(adapter, "bias", "none") != "none" for adapter in model.peft_config.values())
+
+
+def other_model(frozen: torch.nn.Module) -> Reference:
+    """A second model: a copy for full fine-tuning, or another one by name."""
+    frozen.requires_grad_(False).eval()
+    return lambda model: contextlib.nullcontext(frozen)
+
+
+@torch.no_grad()
+def precompute(
+    groups: Sequence[Group], model: Any, reference: Reference, cache_dir: Path, token_budget: int
+) -> list[Group]:
+    """The groups with the reference's log-probabilities, from `cache_dir` where the same were computed before.
+
+    The cache's name is a hash of the reference's weights and of all token ids, so that another model, other data or
+    another template give another one.
+    """
+    with reference(model) as frozen:
+        key = _fingerprint(frozen, groups, ".default." if frozen is model else None)
+        path = cache_dir / f"reference-{key}.safetensors"
+        if path.is_file():
+            logger.info("reference log-probabilities: %s", path)
+            logps = load_file(path)["logps"]
+        else:
+            logps = _reference_logps(groups, frozen, token_budget)
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_suffix(f".{os.getpid()}.tmp")  # of several processes each computes them
+            save_file({"logps": logps}, unfinished)
+            unfinished.replace(path)
+    parts = logps.split([len(_scored(group)) for group in groups])
+    return [group._replace(reference=tuple(part.tolist())) for group, part in zip(groups, parts, strict=True)]
+
+
+def _scored(group: Group) -> list:
+    return [*group.completions, *([group.mismatched] if group.mismatched else [])]
+
+
+def _reference_logps(groups: Sequence[Group], frozen: Any, token_budget: int) -> torch.Tensor:
+    """Summed log-probabilities of all scored completions, in order, float32."""
+    sums: list[torch.Tensor] = []
+    chunk = 64  # groups a progress step
+    starts = range(0, len(groups), chunk)
+    for start in track(starts, "Reference", disable=not sys.stderr.isatty(), transient=True):
+        some = groups[start : start + chunk]
+        pairs = [(group.prompt.tolist(), [c.ids.tolist() for c in _scored(group)]) for group in some]
+        for group, scores in zip(some, score_completions(frozen, pairs, token_budget=token_budget), strict=True):
+            for completion, logps in zip(_scored(group), scores, strict=True):
+                sums.append(logps[torch.from_numpy(completion.targets)].sum().cpu())
+    return torch.stack(sums)
+
+
+def _fingerprint(frozen: Any, groups: Sequence[Group], trained: str | None) -> str:
+    """Hash of weights and token ids; `trained` is in the names of weights that are not the reference's."""
+    digest = hashlib.sha256()
+    for name, weight in frozen.state_dict().items():
+        if isinstance(weight, torch.Tensor) and (trained is None or trained not in name):
+            digest.update(f"{name} {weight.dtype} {torch.is_autocast_enabled(weight.device.type)}".encode())
+            digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for group in groups:
+        digest.update(group.prompt.tobytes())
+        for completion in _scored(group):
+            digest.update(b"|" + completion.ids.tobytes() + completion.targets.tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,94 @@
+"""Answers from a trainer's model, and from what it was before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from arabic_qwen.data.conversations import Message
+from arabic_qwen.models.reference import reference_policy
+
+
+class GenerationMixin:
+    """What BaseTrainer generates with; needs its model, tokenizer and configuration."""
+
+    config: Any
+    model: Any
+    tokenizer: Any
+    trainer: Any
+    _start: str
+    _reference: Any
+    _validated: Callable[[], Any]
+    setup_model_and_tokenizer: Callable[[], None]
+
+    def predict(self, text: str | list[str], max_length: int = 512, **kwargs: Any) -> Any:
+        """Answer a prompt, or several at once, in the prompt format that the model was trained with.
+
+        Args:
+            text: what the user says; a list is answered in batches of `per_device_eval_batch_size`.
+            max_length: new tokens at most.
+            kwargs: for `generate()`: do_sample, temperature, top_p, top_k, repetition_penalty …
+
+        Returns:
+            The answer, or a list of answers.
+        """
+        texts = [text] if isinstance(text, str) else text
+        system = [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
+        answers = self.respond([[*system, {"role": "user", "content": t}] for t in texts], max_length, **kwargs)
+        return answers[0] if isinstance(text, str) else answers
+
+    @torch.inference_mode()
+    def respond(self, conversations: list[list[Message]], max_length: int = 512, **kwargs: Any) -> list[str]:
+        """The assistant's next turn in each conversation; arguments as for :meth:`predict`."""
+        if self.model is None:
+            self.setup_model_and_tokenizer()
+        self.model.eval()
+        prompts = [
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            for messages in conversations
+        ]
+        answers = [""] * len(prompts)
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        size = self.config.per_device_eval_batch_size
+        for batch in (by_length[i : i + size] for i in range(0, len(prompts), size)):
+            inputs = self.tokenizer(
+                [prompts[i] for i in batch],
+                add_special_tokens=False,
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+            ).to(self.model.device)
+            output = self.model.generate(**inputs, max_new_tokens=max_length, **kwargs)
+            texts = self.tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+            for i, answer in zip(batch, texts, strict=True):
+                answers[i] = answer.strip()
+        return answers
+
+    def generate_comparison(self, prompt: str | list[str], max_length: int = 256, **kwargs: Any) -> Any:
+        """Answers of the trained model and of what it was before training, side by side.
+
+        Args:
+            prompt: what the user says; or a list, answered in batches.
+            max_length: new tokens at most.
+            kwargs: for `generate()`.
+
+        Returns:
+            {"prompt", "trained_model_response", "reference_model_response"}, or a list of these.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        trained = self.predict(prompts, max_length=max_length, **kwargs)
+        reference = getattr(self.trainer, "reference", None) or self._reference
+        if reference is None:
+            self._reference = reference = reference_policy(self.model, self._start, self._validated())
+        policy = self.model
+        with reference(policy) as self.model:
+            try:
+                stops = {"generation_config": policy.generation_config}  # another model's own may lack the template's
+                before = self.predict(prompts, max_length=max_length, **(stops | kwargs))
+            finally:
+                self.model = policy
+        keys = ("prompt", "trained_model_response", "reference_model_response")
+        compared = [dict(zip(keys, row, strict=True)) for row in zip(prompts, trained, before, strict=True)]
+        return compared[0] if isinstance(prompt, str) else compared
