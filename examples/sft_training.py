@@ -1,7 +1,7 @@
 """Supervised fine-tuning from Python: train, evaluate, answer.
 
-    python examples/sft_training.py                                # the tiny model and sample data that come along
-    python examples/sft_training.py Qwen/Qwen2.5-7B my_data.jsonl  # yours
+python examples/sft_training.py                                # the tiny model and sample data that come along
+python examples/sft_training.py Qwen/Qwen2.5-7B my_data.jsonl  # yours
 """
 
 import sys
