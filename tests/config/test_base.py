@@ -197,7 +197,6 @@ def test_bad_value_is_refused_and_the_old_one_kept(name, value):
 CONTRADICTIONS = [
     ({"load_in_4bit": True}, "load_in_8bit", True, "load_in_4bit and load_in_8bit are both true"),
     ({"load_in_8bit": True}, "load_in_4bit", True, "load_in_4bit and load_in_8bit are both true"),
-    ({"fp16": True}, "bf16", True, "bf16 and fp16 are both true"),
     ({"load_in_4bit": True}, "use_lora", False, "quantised model can only be trained with adapters"),
     ({"use_lora": False}, "load_in_8bit", True, "quantised model can only be trained with adapters"),
 ]

@@ -256,3 +256,9 @@ class TestAdapterFolder:
         with pytest.raises(ModelLoadError, match="/no/such/base: the model cannot be loaded") as error:
             load_model(adapter_dir, FLOAT32, trainable=True)
         assert "\n" not in str(error.value)
+
+
+def test_two_precisions_at_once():
+    """Refused where it is used, for the documents set one after the other on one configuration."""
+    with pytest.raises(ConfigurationError, match="bf16 and fp16 are both true"):
+        compute_dtype(SFTConfig(bf16=True, fp16=True))

@@ -241,11 +241,24 @@ class TestTrain:
         assert isinstance(again.predict("مرحبا", max_length=2), str)
 
     def test_other_settings_do_not_overwrite_a_run(self, trained, config):
+        adapter = Path(config.output_dir, "adapter_model.safetensors")
+        first = adapter.read_bytes()
+        config.learning_rate = 5e-4
+        create_sft_trainer(config).train()
+        assert Path(f"{config.output_dir}-1", "adapter_model.safetensors").read_bytes() == first != adapter.read_bytes()
+
+    def test_other_settings_do_not_go_on_from_an_unfinished_run(self, trained, config):
+        Path(config.output_dir, "run_summary.json").unlink()
         config.learning_rate = 5e-4
         with pytest.raises(ConfigurationError, match=r"learning_rate: 0.001 → 0.0005.*overwrite_output_dir"):
             create_sft_trainer(config).train()
         config.overwrite_output_dir = True
         create_sft_trainer(config).train()
+
+    def test_a_run_that_is_trained_on_is_not_set_aside(self, trained, config):
+        config.learning_rate, config.model_name = 5e-4, config.output_dir
+        with pytest.raises(ConfigurationError, match="other settings"):
+            create_sft_trainer(config).train()
 
     def test_overwriting_keeps_foreign_files(self, trained, config):
         foreign = Path(config.output_dir, "notes.txt")

@@ -166,8 +166,6 @@ class BaseConfig(BaseModel):
     def _check_combinations(self: Self) -> Self:
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit are both true; set one of them to false")
-        if self.bf16 and self.fp16:
-            raise ValueError("bf16 and fp16 are both true; set one of them to false")
         if (self.load_in_4bit or self.load_in_8bit) and not self.use_lora:
             raise ValueError("a quantised model can only be trained with adapters; set use_lora to true")
         return self

@@ -67,6 +67,8 @@ def compute_dtype(config: BaseConfig) -> torch.dtype:
     Raises:
         ConfigurationError: the configuration insists on a precision that the device lacks.
     """
+    if config.bf16 and config.fp16:
+        raise ConfigurationError("bf16 and fp16 are both true; set one of them to false")
     if torch.cuda.is_available():
         if config.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ConfigurationError("bf16: this GPU has no bfloat16; set fp16 to true instead")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -10,10 +12,12 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from arabic_qwen.config import BaseConfig
+from arabic_qwen.config import BaseConfig, load_config
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.loading import RUN_CONFIG
 from arabic_qwen.training.report import LOSS_CURVE, METRICS_FILE
+
+logger = logging.getLogger(__name__)
 
 SUMMARY = "run_summary.json"  # written last: a folder that has it holds a finished run
 
@@ -24,11 +28,12 @@ _HARMLESS = {"overwrite_output_dir", "report_to", "run_name", "logging_steps", "
 def open_run(config: BaseConfig) -> Path:
     """Make the output folder ready for `config` and record it there.
 
-    An earlier run with the same settings stays, to be continued or found finished. Of several processes only the first
+    An earlier run with the same settings stays, to be continued or found finished. A finished run with other settings
+    is set aside: its folder gets a number (`sft-1`). Of several processes only the first
     writes; the others can rely on it once the process group is up.
 
     Raises:
-        ConfigurationError: the folder holds a run with other settings, or cannot be written.
+        ConfigurationError: the folder holds an unfinished run with other settings, or cannot be written.
     """
     folder = Path(config.resolved_output_dir)
     if not is_first_process():
@@ -39,7 +44,16 @@ def open_run(config: BaseConfig) -> Path:
             _discard(folder)
         record = folder / RUN_CONFIG
         if record.is_file() and (is_finished(folder) or last_checkpoint(folder)):
-            _check_same(config, type(config).from_yaml(record), folder)
+            changed = _differences(load_config(record), config)
+            if changed and (
+                not is_finished(folder) or Path(config.model_name).absolute().is_relative_to(folder.absolute())
+            ):
+                raise ConfigurationError(
+                    f"output_dir: {folder} holds a run with other settings ({'; '.join(changed)}); "
+                    "choose another output_dir, or set overwrite_output_dir to true to discard that run"
+                )
+            if changed:
+                _set_aside(folder)
         config.model_copy(update={"output_dir": str(folder)}).to_yaml(record)
     except OSError as error:
         raise ConfigurationError(f"output_dir: {folder} cannot be written ({error.strerror}); choose another") from None
@@ -50,14 +64,19 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate launch
 
 
-def _check_same(new: BaseConfig, old: BaseConfig, folder: Path) -> None:
-    before, after = old.model_dump(), new.model_dump()
-    changed = [f"{k}: {before[k]!r} → {after[k]!r}" for k in after if before[k] != after[k] and k not in _HARMLESS]
-    if changed:
-        raise ConfigurationError(
-            f"output_dir: {folder} holds a run with other settings ({'; '.join(changed)}); "
-            "choose another output_dir, or set overwrite_output_dir to true to discard that run"
-        )
+def _differences(old: BaseConfig, new: BaseConfig) -> list[str]:
+    """What was changed, as `name: before → after`; settings that do not change what is learned are left out."""
+    before, after = ({"method": config.method, **config.model_dump()} for config in (old, new))
+    names = [name for name in after if before.get(name) != after[name] and name not in _HARMLESS]
+    return [f"{name}: {before.get(name)!r} → {after[name]!r}" for name in names]
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename the folder of a finished run, so that another run can take its name and nothing is lost."""
+    number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}-{n}").exists())
+    aside = folder.rename(folder.with_name(f"{folder.name}-{number}"))
+    folder.mkdir()
+    logger.warning("%s held a finished run with other settings, which is in %s now", folder, aside)
 
 
 def _discard(folder: Path) -> None:
