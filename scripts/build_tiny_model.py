@@ -398,6 +398,9 @@ def main():
     tokens = sum(len(tokenizer(doc)["input_ids"]) for doc in documents)
     print(f"{len(documents)} documents, {tokens} tokens, vocabulary {len(tokenizer)}")
     model = train_model(documents, tokenizer)
+    # Plain text ends with <|endoftext|>; the end of a chat turn, which it never has, begins as the same thing.
+    embedding = model.get_input_embeddings().weight.data
+    embedding[tokenizer.eos_token_id] = embedding[tokenizer.pad_token_id]
 
     model.generation_config = GenerationConfig(
         do_sample=False,

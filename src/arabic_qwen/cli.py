@@ -53,7 +53,11 @@ def train(
     from arabic_qwen.training.base_trainer import BaseTrainer
 
     trainer = BaseTrainer(settings)
-    trainer.train()
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on from the newest checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
     if os.environ.get("RANK", "0") != "0":
         return
     for name, value in trainer.metrics.items():
@@ -98,7 +102,8 @@ def chat(
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
-            text = input(prompt).strip()
+            # bytes that are no UTF-8 become the replacement character
+            text = input(prompt).encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
         except (EOFError, KeyboardInterrupt):
             return
         if text == "/exit":
@@ -159,6 +164,3 @@ def main() -> None:
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, (ConfigurationError, DatasetError)) else 1)
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on from the newest checkpoint", file=sys.stderr)
-        sys.exit(130)

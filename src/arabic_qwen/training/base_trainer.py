@@ -138,7 +138,10 @@ class BaseTrainer(GenerationMixin):
         callbacks = self.get_callbacks()
         self.trainer = self.create_trainer(self.dataset, training_args, callbacks)
         self.trainer.remove_callback(PrinterCallback)  # ProgressDisplay has said it
-        result = self.trainer.train(resume_from_checkpoint=checkpoints.last_checkpoint(output_dir))
+        checkpoint = checkpoints.last_checkpoint(output_dir)
+        if checkpoint:
+            self.logger.warning("Going on from %s", checkpoint)
+        result = self.trainer.train(resume_from_checkpoint=checkpoint)
 
         if "validation" in self.dataset:
             self.evaluate()
