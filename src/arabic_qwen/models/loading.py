@@ -97,7 +97,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     path = resolve_model_name(name)
     if name.startswith((".", "/", "~")) and not Path(path).is_dir():
-        raise ModelLoadError(f"{name}: the folder does not exist; give the folder of a model or of a finished run, or a hub id")
+        raise ModelLoadError(
+            f"{name}: the folder does not exist; give the folder of a model or of a finished run, or a hub id"
+        )
     if is_run_output(path) and not (Path(path) / "tokenizer_config.json").is_file():
         raise ModelLoadError(f"{name}: holds a run that is not finished; run the same train command again first")
     if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():

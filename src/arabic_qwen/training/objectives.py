@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from arabic_qwen.losses.cpo import cpo_loss
+from arabic_qwen.losses.cpo import LENGTH_AVERAGED, cpo_loss
 from arabic_qwen.losses.dpo import STEP_COUPLED, dpo_loss, implicit_rewards
 from arabic_qwen.losses.ipo import ipo_loss
 from arabic_qwen.losses.kto import kto_loss
@@ -197,11 +197,15 @@ def _pairs(scores: Scores) -> list[torch.Tensor]:
     return [*scores.split(scores.policy), *scores.split(scores.reference)]
 
 
-def _with_reference(config: Any, loss: Callable[[Scores], torch.Tensor], whole_step: bool = False) -> Objective:
-    rewards = _pair_sums(_implicit(config.beta))
-    return Objective(
-        loss, rewards, _pair_metrics, (*_REPORTED, "length_bias"), needs_reference=True, whole_step=whole_step
-    )
+def _averaged(beta: float) -> Callable[[Scores], torch.Tensor]:
+    """Rewards of the methods without a reference that average over tokens."""
+    return lambda scores: beta * scores.policy / scores.length
+
+
+def _pair_objective(
+    loss: Callable[[Scores], torch.Tensor], rewards: Callable[[Scores], torch.Tensor], **needs: bool
+) -> Objective:
+    return Objective(loss, _pair_sums(rewards), _pair_metrics, (*_REPORTED, "length_bias"), **needs)
 
 
 def _sft(config: Any) -> Objective:
@@ -224,7 +228,8 @@ def _dpo(config: Any) -> Objective:
             mean_chosen_length=scores.mean_chosen_length,
         )
 
-    return _with_reference(config, loss, whole_step=config.loss_type in STEP_COUPLED)
+    whole_step = config.loss_type in STEP_COUPLED
+    return _pair_objective(loss, _implicit(config.beta), needs_reference=True, whole_step=whole_step)
 
 
 def _ipo(config: Any) -> Objective:
@@ -233,7 +238,7 @@ def _ipo(config: Any) -> Objective:
             *_pairs(scores), *scores.split(scores.length), tau=config.tau, label_smoothing=config.label_smoothing
         )
 
-    return _with_reference(config, loss)
+    return _pair_objective(loss, _implicit(config.beta), needs_reference=True)
 
 
 def _kto(config: Any) -> Objective:
@@ -254,8 +259,6 @@ def _kto(config: Any) -> Objective:
 
 
 def _cpo(config: Any) -> Objective:
-    averaged = config.loss_type in ("ipo", "simpo")
-
     def loss(scores: Scores) -> torch.Tensor:
         chosen, rejected = scores.split(scores.policy)
         chosen_length, rejected_length = scores.split(scores.length)
@@ -273,10 +276,9 @@ def _cpo(config: Any) -> Objective:
             mean_chosen_length=scores.mean_chosen_length,
         )
 
-    def rewards(scores: Scores) -> torch.Tensor:
-        return config.beta * (scores.policy / scores.length if averaged else scores.policy)
-
-    return Objective(loss, _pair_sums(rewards), _pair_metrics, (*_REPORTED, "length_bias"))
+    if config.loss_type in LENGTH_AVERAGED:
+        return _pair_objective(loss, _averaged(config.beta))
+    return _pair_objective(loss, lambda scores: config.beta * scores.policy)
 
 
 def _simpo(config: Any) -> Objective:
@@ -289,12 +291,7 @@ def _simpo(config: Any) -> Objective:
             label_smoothing=config.label_smoothing,
         )
 
-    return Objective(
-        loss,
-        _pair_sums(lambda scores: config.beta * scores.policy / scores.length),
-        _pair_metrics,
-        (*_REPORTED, "length_bias"),
-    )
+    return _pair_objective(loss, _averaged(config.beta))
 
 
 def _orpo(config: Any) -> Objective:
@@ -304,12 +301,7 @@ def _orpo(config: Any) -> Objective:
         preference = orpo_loss(chosen, rejected, chosen_length, rejected_length, beta=config.beta)
         return preference + chosen_nll(chosen, mean_length=scores.mean_chosen_length)
 
-    return Objective(
-        loss,
-        _pair_sums(lambda scores: config.beta * scores.policy / scores.length),
-        _pair_metrics,
-        (*_REPORTED, "length_bias"),
-    )
+    return _pair_objective(loss, _averaged(config.beta))
 
 
 #: From a method's name to its objective, given its configuration.
