@@ -224,3 +224,9 @@ class TestLossTypes:
 def test_common_checks_hold_too(cls):
     with pytest.raises(ConfigurationError, match="load_in_4bit and load_in_8bit are both true"):
         cls(load_in_4bit=True, load_in_8bit=True)
+
+
+def test_softmax_over_negatives_needs_the_sigmoid_loss():
+    assert CPOConfig(negatives="softmax").negatives == "softmax"
+    with pytest.raises(ConfigurationError, match=r"negatives 'softmax' needs loss_type 'sigmoid', not 'hinge'"):
+        CPOConfig(negatives="softmax", loss_type="hinge")

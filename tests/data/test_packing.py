@@ -70,6 +70,7 @@ groups = st.lists(
         Group,
         st.lists(tokens, min_size=1, max_size=6).map(lambda ids: np.array(ids, dtype=np.int32)),
         st.lists(completions(), max_size=4).map(tuple),
+        lengths=st.none(),
     ),
     min_size=1,
     max_size=5,
@@ -161,7 +162,7 @@ def test_micro_batches_hold_every_group_once(given_groups, token_budget):
     numbered = [
         Group(np.append(group.prompt, np.int32(1000 + i)), group.completions) for i, group in enumerate(given_groups)
     ]
-    batches = micro_batches(numbered, token_budget)
+    batches = [pack(members) for members in micro_batches(numbered, token_budget)]
     found = [int(token) for batch in batches for token in batch.input_ids if token >= 1000]
     assert sorted(found) == [1000 + i for i in range(len(numbered))]
     for batch in batches:

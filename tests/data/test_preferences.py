@@ -10,15 +10,16 @@ from hypothesis import strategies as st
 
 from arabic_qwen.config import CPOConfig, DPOConfig, IPOConfig, KTOConfig, ORPOConfig, SimPOConfig
 from arabic_qwen.data.loaders import (
-    DATA_LOADERS,
     CPODataLoader,
     DPODataLoader,
     IPODataLoader,
     KTODataLoader,
 )
-from arabic_qwen.data.preferences import to_contrast, to_feedback, to_pair
+from arabic_qwen.data.packing import pack
+from arabic_qwen.data.preferences import to_contrast, to_feedback, to_measured_pair, to_pair
 from arabic_qwen.data.templates import set_template
 from arabic_qwen.errors import DatasetError
+from arabic_qwen.training.objectives import METHODS
 
 CONFIGS = {config.method: config for config in (DPOConfig, IPOConfig, KTOConfig, CPOConfig, SimPOConfig, ORPOConfig)}
 
@@ -266,7 +267,7 @@ def loader(tokenizer):
     set_template(tokenizer, "chatml", "")
 
     def build(method: str = "dpo", **values):
-        return DATA_LOADERS[method](CONFIGS[method](**values), tokenizer)
+        return METHODS[method].data_loader(CONFIGS[method](**values), tokenizer)
 
     return build
 
@@ -312,6 +313,20 @@ class TestLoaders:
         assert answers(some, dataset) == [["صحيح<|im_end|>", "خطأ<|im_end|>"]] * 2
         assert all(c.targets.all() for group in dataset for c in group.completions)
         assert (dataset.truncated, dataset.prompts_trimmed) == (0, 0)
+
+    def test_lengths_of_ipo_are_kept_for_the_report(self, loader):
+        dataset = loader("ipo").encode([pair(chosen_length=5, rejected_length=7.5), pair(prompt="آخر")])
+        assert [group.lengths for group in dataset] == [(5, 7.5), None]
+        batch = pack(dataset.groups)
+        assert batch.lengths.tolist() == [5, 7.5, *batch.num_targets[2:].tolist()]
+        assert loader("dpo").encode([pair(chosen_length=5, rejected_length=7)])[0].lengths is None
+
+    @pytest.mark.parametrize("given", [{"chosen_length": 3}, {"chosen_length": 3, "rejected_length": "7"}])
+    @pytest.mark.parametrize("wrong", [-1, 0, True, float("nan")])
+    def test_wrong_lengths(self, given, wrong):
+        for values in (given, {"chosen_length": wrong, "rejected_length": 7}):
+            with pytest.raises(ValueError, match=r"_length: .* is no positive number; give both lengths, or neither"):
+                to_measured_pair(pair(**values))
 
     def test_contrasts_of_any_number(self, loader):
         some = loader("cpo")
@@ -568,5 +583,5 @@ class TestMismatched:
             assert len(group.mismatched.ids) == len(group.mismatched.targets) > 0
 
     def test_one_prompt_is_not_enough(self, loader):
-        with pytest.raises(DatasetError, match="KTO needs at least two different prompts in each split"):
+        with pytest.raises(DatasetError, match=r"training\.jsonl: KTO .* rows need at least two different prompts each; add rows"):
             loader("kto").encode(self.rows(4, 4))

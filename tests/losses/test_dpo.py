@@ -176,13 +176,6 @@ def test_exo_is_least_at_the_smoothed_label():
     assert policy.grad.item() == pytest.approx(0, abs=1e-6)
 
 
-def test_bco_reward_shift():
-    loss = dpo_loss(*one_pair(2.0, -1.0), beta=0.5, loss_type="bco_pair", reward_shift=torch.tensor(0.25))
-    assert loss.item() == pytest.approx(softplus(-0.75) + softplus(-0.75))
-    shift = torch.tensor(0.25, requires_grad=True)
-    assert not dpo_loss(*one_pair(2.0, -1.0), beta=0.5, loss_type="bco_pair", reward_shift=shift).requires_grad
-
-
 @pytest.mark.parametrize("loss_type", DPO_LOSSES)
 def test_only_step_coupled_types_depend_on_the_other_pairs(loss_type):
     logps, chosen_length, rejected_length = random_pairs()

@@ -212,6 +212,10 @@ def naive_loss(config: Any, model: Any, groups: list[Group], reference: Any = re
                     "ipo": lambda m: (m - 1 / (2 * config.beta)) ** 2,
                     "simpo": lambda m: -log_sigmoid(config.beta * m - config.simpo_gamma),
                 }[config.loss_type]
+                if config.negatives == "softmax":
+                    logits = config.beta * torch.stack([torch.zeros(()), *(-m for m in margins)])
+                    terms.append(-logits.log_softmax(0)[0])
+                    continue
                 terms.append(mean(form(m) for m in margins) if margins else torch.zeros(()))
         weight = {"cpo": getattr(config, "cpo_alpha", 0), "simpo": 0.0, "orpo": 1.0}[method]
         return mean(terms) + weight * nll
@@ -240,6 +244,10 @@ def naive_loss(config: Any, model: Any, groups: list[Group], reference: Any = re
         )
     if config.loss_type == "sft":
         return nll
+    if config.loss_type == "discopop":
+        margins = torch.stack([config.beta * (chosen - rejected) for chosen, rejected in delta])
+        gate = torch.sigmoid(margins / config.discopop_tau)
+        return ((1 - gate) * -log_sigmoid(margins) + gate * torch.exp(-margins)).mean()
     if config.loss_type == "aot_unpaired":
         upper, lower = (torch.stack([d[i] for d in delta]).sort().values for i in (0, 1))
     else:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from arabic_qwen.config import SFTConfig
-from arabic_qwen.data.packing import micro_batches
+from arabic_qwen.data.packing import pack
 from arabic_qwen.models.loading import add_lora
 from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.engine import _StepSampler
@@ -201,9 +201,11 @@ def test_every_step_has_its_share_of_both_classes():
         per_device_train_batch_size, gradient_accumulation_steps = 4, 2
 
     labels = [i % 4 == 0 for i in range(64)]  # a quarter is desirable
-    steps = [batch for batch in _StepSampler(Args, [1] * 64, labels, epoch=lambda: 3) if batch]
-    assert [sum(labels[i] for i in step) for step in steps] == [2] * 8
-    assert steps[0] != sorted(steps[0])
+    for strategy in ("random", "group_by_length"):
+        Args.train_sampling_strategy = strategy
+        steps = [batch for batch in _StepSampler(Args, [1] * 64, labels, epoch=lambda: 3) if batch]
+        assert [sum(labels[i] for i in step) for step in steps] == [2] * 8
+        assert steps[0] != sorted(steps[0])
 
 
 def test_packed_sequences_fill_max_seq_length(model_dir, sft_file, tmp_path):
@@ -220,9 +222,8 @@ def test_evaluation_is_the_token_mean_over_the_whole_set(model_dir, sft_file, tm
     metrics = trainer.evaluate()
     total = count = 0.0
     for group in trainer.dataset["validation"]:
-        (batch,) = micro_batches([group], 1)
         with torch.no_grad():
-            logps = trainer.model(packed=batch)
+            logps = trainer.model(packed=pack([group]))
         total, count = total - logps.sum().item(), count + len(logps)
     assert metrics["eval_loss"] == pytest.approx(total / count, abs=1e-5)
     assert metrics["eval_perplexity"] == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)

@@ -10,10 +10,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from arabic_qwen.data.packing import micro_batches
+from arabic_qwen.data.packing import micro_batches, pack
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.loading import add_lora
-from arabic_qwen.training.objectives import OBJECTIVES, join_scores
+from arabic_qwen.training.objectives import METHODS, join_scores
 from tests.training.preference_runs import (
     divergence,
     gradients_of,
@@ -43,6 +43,8 @@ CASES = {
     "cpo": ("cpo", {"beta": 0.3, "cpo_alpha": 0.7}),
     "cpo-hinge": ("cpo", {"loss_type": "hinge", "cpo_alpha": 0.0}),
     "cpo-ipo": ("cpo", {"loss_type": "ipo", "beta": 0.5}),
+    "cpo-softmax": ("cpo", {"negatives": "softmax", "beta": 0.3, "cpo_alpha": 0.0}),
+    "dpo-discopop": ("dpo", {"loss_type": "discopop", "beta": 0.3, "discopop_tau": 0.5}),
     "cpo-simpo": ("cpo", {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5}),
     "simpo": ("simpo", {"label_smoothing": 0.1}),
     "orpo": ("orpo", {"beta": 0.3}),
@@ -95,8 +97,8 @@ def close(ours, theirs):
 
 
 def test_every_method_is_tested():
-    assert {method for method, _ in CASES.values()} == set(OBJECTIVES) - {"sft"}
-    assert {CASES[case][0] for case in ONE_EACH} == set(OBJECTIVES) - {"sft"}
+    assert {method for method, _ in CASES.values()} == set(METHODS) - {"sft"}
+    assert {CASES[case][0] for case in ONE_EACH} == set(METHODS) - {"sft"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -190,6 +192,37 @@ class TestDivergence:
         loss, _, metrics = engine_step(ours, groups)
         assert metrics["kl"] == 0
         assert loss == pytest.approx(mean(0.75 if g.label else 0.25 for g in groups), abs=1e-6)
+
+
+def test_the_references_prompts_are_computed_once(trainer, monkeypatch):
+    """KTO's own and mismatched completions share their prompt in the reference's pass."""
+    ours = trainer("kto")
+    groups, engine = step_groups(ours), ours.trainer
+    seen = []
+    score = engine._score_reference
+    monkeypatch.setattr(engine, "_score_reference", lambda batch: (seen.append(len(batch.input_ids)), score(batch))[1])
+    engine_step(ours, groups)
+    assert sum(seen) == sum(group.num_tokens + len(group.mismatched.ids) for group in groups)
+
+
+def test_the_reference_is_computed_once_where_the_loss_needs_the_whole_step(trainer, monkeypatch):
+    ours = trainer("dpo-aot")
+    engine = ours.trainer
+    engine.token_budget = 60
+    calls = []
+    score = engine._score_reference
+    monkeypatch.setattr(engine, "_score_reference", lambda batch: (calls.append(batch), score(batch))[1])
+    step = engine._collate([[group] for group in step_groups(ours)])
+    engine.training_step(ours.model, step)
+    assert len(calls) == len(step.batches) > 1
+
+
+def test_length_bias_compares_the_lengths_that_the_data_gives(trainer):
+    ours = trainer("ipo")
+    groups = [g._replace(lengths=(float(n), 1.0)) for n, g in enumerate(step_groups(ours))]
+    found = engine_step(ours, groups)[2]["length_bias"]
+    margins = [r[0] - r[1] for r in naive_rewards(ours.config, ours.model.eval(), groups)]
+    assert found == pytest.approx(np.corrcoef(margins, range(len(groups)))[0, 1], abs=1e-3)
 
 
 class TestNegatives:
@@ -324,15 +357,13 @@ def test_scores_join_as_if_they_had_been_one(trainer):
     engine, groups = ours.trainer, step_groups(ours)
     engine.model.eval()
     with torch.no_grad():
-        whole = engine._score(engine.model, micro_batches(groups, 100_000)[0], 1.0)
-        parts = [engine._score(engine.model, micro_batches([g], 1)[0], 1.0) for g in groups]
+        whole = engine._score(engine.model, pack(groups), 1.0)
+        parts = [engine._score(engine.model, pack([g]), 1.0) for g in groups]
     joined = join_scores(parts)
-    assert torch.equal(joined.group, whole.group)
-    assert torch.equal(joined.length, whole.length)
-    assert torch.equal(joined.first, whole.first)
+    for name in ("first", "others", "others_group", "num_targets", "lengths", "label"):
+        assert torch.equal(getattr(joined, name), getattr(whole, name)), name
     assert torch.allclose(joined.policy, whole.policy, atol=1e-4)
     assert joined.reference is None
-    assert len(joined.label) == len(groups)
 
 
 @pytest.mark.parametrize("case", ["dpo", "dpo-aot", "kto"])

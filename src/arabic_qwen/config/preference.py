@@ -58,6 +58,7 @@ class DPOConfig(ReferenceConfig):
     learning_rate: float = Field(5e-7, gt=0, description="Peak learning rate")
     loss_type: DPOLoss = Field("sigmoid", description="Form of the loss, by TRL's names")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of pairs labelled the wrong way round")
+    discopop_tau: float = Field(0.05, gt=0, le=1, description="Temperature of loss_type discopop")
 
     @model_validator(mode="after")
     def _check_label_smoothing(self) -> DPOConfig:
@@ -102,7 +103,18 @@ class CPOConfig(PreferenceConfig):
     cpo_alpha: float = Field(1.0, ge=0, description="Weight of the chosen answer's negative log-likelihood")
     simpo_gamma: float = Field(1.0, ge=0, description="Target margin of loss_type simpo")
     loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = Field("sigmoid", description="Form of the pairwise term")
+    negatives: Literal["mean", "softmax"] = Field(
+        "mean", description="Several rejected answers: mean over pairs, or one softmax over all (loss_type sigmoid)"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of pairs labelled the wrong way round")
+
+    @model_validator(mode="after")
+    def _check_negatives(self) -> CPOConfig:
+        if self.negatives == "softmax" and self.loss_type != "sigmoid":
+            raise ValueError(
+                f"negatives 'softmax' needs loss_type 'sigmoid', not {self.loss_type!r}; set negatives to mean"
+            )
+        return self
 
 
 class SimPOConfig(PreferenceConfig):

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.data.conversations import Message, to_conversation
 from arabic_qwen.data.packing import Completion, Group
-from arabic_qwen.data.preferences import to_contrast, to_feedback, to_pair
+from arabic_qwen.data.preferences import to_contrast, to_feedback, to_measured_pair, to_pair
 from arabic_qwen.data.readers import Row, raise_problems, read_rows
 from arabic_qwen.data.templates import Piece, encode_pieces, render_answer, render_pieces, render_prompt
 from arabic_qwen.errors import ConfigurationError, DatasetError
@@ -62,9 +62,10 @@ class Draft(NamedTuple):
 
     completions: list[list[Piece]]
     label: bool = True
+    lengths: tuple[float, ...] | None = None
 
 
-class _DataLoader:
+class DataLoader:
     """Reads, checks, splits and encodes; a subclass says how a row becomes drafts.
 
     Args:
@@ -149,7 +150,8 @@ class _DataLoader:
             encoded = iter(encode_pieces(self.tokenizer, [c for draft in drafts for c in draft.completions]))
             for where, draft in zip(places, drafts, strict=True):
                 parts = [next(encoded) for _ in draft.completions]
-                group = Group(parts[0].prompt, tuple(part.completions[0] for part in parts), draft.label)
+                completions = tuple(part.completions[0] for part in parts)
+                group = Group(parts[0].prompt, completions, draft.label, lengths=draft.lengths)
                 problem = self._fit(group, dataset)
                 if problem:
                     problems.append(f"{where}: {problem}")
@@ -178,7 +180,7 @@ class _DataLoader:
         return None
 
 
-class SFTDataLoader(_DataLoader):
+class SFTDataLoader(DataLoader):
     """Conversations; every turn of the assistant is learned."""
 
     def _drafts(self, values: dict[str, Any], dataset: GroupDataset) -> list[Draft]:
@@ -189,15 +191,15 @@ class SFTDataLoader(_DataLoader):
         return to_conversation(values)[-2]["content"]
 
 
-class _PreferenceDataLoader(_DataLoader):
+class _PreferenceDataLoader(DataLoader):
     """A prompt and answers to it."""
 
     read = staticmethod(to_pair)
 
     def _drafts(self, values: dict[str, Any], dataset: GroupDataset) -> list[Draft]:
-        prompt, answers, label = self.read(values, self.config.system_prompt)
+        prompt, answers, label, lengths = self.read(values, self.config.system_prompt)
         prompt = self._trim(prompt, dataset)
-        return [Draft([render_answer(self.tokenizer, prompt, answer) for answer in answers], label)]
+        return [Draft([render_answer(self.tokenizer, prompt, answer) for answer in answers], label, lengths)]
 
     def last_user_turn(self, values: dict[str, Any]) -> str:
         return self.read(values)[0][-1]["content"]
@@ -242,7 +244,12 @@ class DPODataLoader(_PreferenceDataLoader):
 
 
 class IPODataLoader(_PreferenceDataLoader):
-    """Pairs as for DPO; `chosen_length` and `rejected_length` may be there, the loss counts tokens itself."""
+    """Pairs with optional `chosen_length` and `rejected_length`, which `length_bias` then compares.
+
+    The loss counts tokens itself.
+    """
+
+    read = staticmethod(to_measured_pair)
 
 
 class CPODataLoader(_PreferenceDataLoader):
@@ -258,7 +265,7 @@ class KTODataLoader(_PreferenceDataLoader):
 
     def _drafts(self, values: dict[str, Any], dataset: GroupDataset) -> list[Draft]:
         if self.config.unpair_preferences and "chosen" in values:
-            prompt, answers, _ = to_pair(values, self.config.system_prompt)
+            prompt, answers, *_ = to_pair(values, self.config.system_prompt)
             prompt = self._trim(prompt, dataset)
             labelled = zip(answers, (True, False), strict=True)
             return [Draft([render_answer(self.tokenizer, prompt, answer)], label) for answer, label in labelled]
@@ -274,22 +281,13 @@ class KTODataLoader(_PreferenceDataLoader):
             others = (groups[order[(position + step) % len(order)]] for step in range(1, len(order)))
             stranger = next((other for other in others if not np.array_equal(other.prompt, group.prompt)), None)
             if stranger is None:
-                raise DatasetError("KTO needs at least two different prompts in each split; add rows")
+                raise DatasetError(
+                    f"{self.config.dataset_path}: KTO compares answers with those to other prompts, so training and "
+                    "validation rows need at least two different prompts each; add rows or change validation_split"
+                )
             ids, targets = stranger.completions[0]
             room = self.max_tokens - len(group.prompt)
             groups[index] = group._replace(mismatched=Completion(ids[:room], targets[:room]))
-
-
-#: The data loader of each method.
-DATA_LOADERS: dict[str, type[_DataLoader]] = {
-    "sft": SFTDataLoader,
-    "dpo": DPODataLoader,
-    "ipo": IPODataLoader,
-    "kto": KTODataLoader,
-    "cpo": CPODataLoader,
-    "simpo": DPODataLoader,
-    "orpo": DPODataLoader,
-}
 
 
 def data_seed(config: BaseConfig) -> int:

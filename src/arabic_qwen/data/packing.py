@@ -25,6 +25,7 @@ class Group(NamedTuple):
         label: whether the completion is desirable, for methods that learn from single completions.
         mismatched: a completion of another prompt, for KTO's estimate of the divergence.
         reference: the reference's log-probability of each completion (and of `mismatched`), where it is precomputed.
+        lengths: of each completion, as the data gives them, in any unit; for reports only.
     """
 
     prompt: np.ndarray
@@ -32,6 +33,7 @@ class Group(NamedTuple):
     label: bool = True
     mismatched: Completion | None = None
     reference: tuple[float, ...] | None = None
+    lengths: tuple[float, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -84,13 +86,17 @@ class PackedBatch:
     target_index: torch.Tensor  # [T] int64: stream position whose hidden state predicts the target
     target_ids: torch.Tensor  # [T] int64
     target_completion: torch.Tensor  # [T] int64 in [0, C): the completion that the target belongs to
-    completion_group: torch.Tensor  # [C] int64 in [0, G): the group that the completion belongs to
+    first: torch.Tensor  # [G] int64 in [0, C): each group's first completion, the chosen one, where it has any
+    others: torch.Tensor  # [C - G] int64 in [0, C): the rejected ones
+    others_group: torch.Tensor  # [C - G] int64 in [0, G): the group that each of them belongs to
+    num_targets: torch.Tensor  # [C] int64
+    lengths: torch.Tensor  # [C] float32: as the data gives them, else num_targets
     labels: torch.Tensor  # [G] bool
-    reference: torch.Tensor | None  # [C] float32: the reference's log-probabilities, where all are precomputed
+    reference: torch.Tensor | None  # [C] float32: the reference's log-probabilities, where all are known
 
     @property
     def num_completions(self) -> int:
-        return len(self.completion_group)
+        return len(self.num_targets)
 
     def _map_tensors(self, function) -> PackedBatch:
         tensors = {k: function(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
@@ -136,12 +142,16 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
             start += length
             completion_number += 1
 
-    def long(parts: list[np.ndarray]) -> torch.Tensor:
+    def long(parts: Sequence[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts or [np.empty(0)]).astype(np.int64))
 
     def cumulative(lengths: list[int]) -> torch.Tensor:
         return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
 
+    counts = np.array([len(group.completions) for group in groups])
+    first = (np.cumsum(counts) - counts)[counts > 0]
+    num_targets = [int(c.targets.sum()) for group in groups for c in group.completions]
+    given = [length for group in groups for length in group.lengths or [np.nan] * len(group.completions)]
     return PackedBatch(
         input_ids=long(ids),
         position_ids=long(positions),
@@ -153,7 +163,11 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
         target_index=long(target_index),
         target_ids=long(target_ids),
         target_completion=long(target_completion),
-        completion_group=long([np.full(len(group.completions), i) for i, group in enumerate(groups)]),
+        first=torch.from_numpy(first),
+        others=torch.from_numpy(np.delete(np.arange(counts.sum()), first)),
+        others_group=torch.from_numpy(np.repeat(np.arange(len(groups)), np.maximum(counts - 1, 0))),
+        num_targets=torch.tensor(num_targets),
+        lengths=torch.from_numpy(np.where(np.isnan(given), num_targets, given).astype(np.float32)),
         labels=torch.tensor([group.label for group in groups]),
         reference=_reference(groups),
     )
@@ -167,7 +181,15 @@ def _reference(groups: Sequence[Group]) -> torch.Tensor | None:
     return torch.tensor([v for group, value in pairs for v in (value or ())[: len(group.completions)]])
 
 
-def micro_batches(groups: Sequence[Group], token_budget: int) -> list[PackedBatch]:
-    """Cut groups into few packed batches of at most `token_budget` tokens (a longer group stands alone)."""
-    bins = best_fit_decreasing([group.num_tokens for group in groups], token_budget)
-    return [pack([groups[i] for i in sorted(members)]) for members in bins]
+def with_mismatched(group: Group, own: bool) -> Group:
+    """The group's prompt with the mismatched completion, after its own one or alone."""
+    assert group.mismatched is not None
+    completions, reference = (*group.completions, group.mismatched), group.reference
+    start = 0 if own else len(group.completions)
+    return group._replace(completions=completions[start:], reference=reference and reference[start:], lengths=None)
+
+
+def micro_batches(groups: Sequence[Group], token_budget: int) -> list[list[Group]]:
+    """Cut groups into few batches of at most `token_budget` tokens, `mismatched` too; a longer group stands alone."""
+    lengths = [group.num_tokens + (len(group.mismatched.ids) if group.mismatched else 0) for group in groups]
+    return [[groups[i] for i in sorted(members)] for members in best_fit_decreasing(lengths, token_budget)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from arabic_qwen.data.conversations import Message, check_turns, field_text, read_messages
@@ -15,6 +16,7 @@ class Preference(NamedTuple):
     prompt: list[Message]
     answers: list[str]
     label: bool = True
+    lengths: tuple[float, ...] | None = None  # of the answers, as the row gives them
 
 
 def to_pair(values: dict[str, Any], system_prompt: str | None = None) -> Preference:
@@ -30,6 +32,22 @@ def to_pair(values: dict[str, Any], system_prompt: str | None = None) -> Prefere
         key = "rejected" if several else "hard_negatives"
         raise ValueError(f"{key}: only CPO learns from several rejected answers; give one, or use method cpo")
     return to_contrast({**values, "rejected": [rejected]}, system_prompt)
+
+
+def to_measured_pair(values: dict[str, Any], system_prompt: str | None = None) -> Preference:
+    """As :func:`to_pair`; `chosen_length` and `rejected_length` may be there, in any unit.
+
+    Raises:
+        ValueError: as :func:`to_pair`, or only one of the lengths is there, or one is no positive number.
+    """
+    pair = to_pair(values, system_prompt)
+    given: dict[str, Any] = {name: values.get(name) for name in ("chosen_length", "rejected_length")}
+    if all(length is None for length in given.values()):
+        return pair
+    for name, length in given.items():
+        if isinstance(length, bool) or not isinstance(length, (int, float)) or not 0 < length < math.inf:
+            raise ValueError(f"{name}: {length!r} is no positive number; give both lengths, or neither")
+    return pair._replace(lengths=tuple(given.values()))
 
 
 def to_contrast(values: dict[str, Any], system_prompt: str | None = None) -> Preference:

@@ -26,7 +26,8 @@ NEGATIVES = ("mean", "softmax")
 def _mean_by_row(values: torch.Tensor, row: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Means of values [M] over those of each row [num_rows]; 0 for a row without any."""
     sums = values.new_zeros(num_rows).index_add(0, row, values)
-    return sums / torch.bincount(row, minlength=num_rows).clamp(min=1)
+    counts = values.new_zeros(num_rows).index_add(0, row, torch.ones_like(values))  # bincount would wait for the GPU
+    return sums / counts.clamp(min=1)
 
 
 def _softmax_loss(margin: torch.Tensor, row: torch.Tensor, num_rows: int, epsilon: float) -> torch.Tensor:

@@ -27,7 +27,6 @@ class Pairs:
     chosen_length: torch.Tensor | None = None
     rejected_length: torch.Tensor | None = None
     mean_chosen_length: torch.Tensor | float | None = None
-    reward_shift: torch.Tensor | float = 0.0
     discopop_tau: float = 0.05
 
     @property
@@ -124,9 +123,8 @@ def _sppo_hard(pairs: Pairs) -> torch.Tensor:
 
 
 def _bco_pair(pairs: Pairs) -> torch.Tensor:
-    """−log σ(βΔ_c − δ) − log σ(−(βΔ_r − δ)), δ = reward_shift: https://arxiv.org/abs/2404.04656 section 4."""
-    chosen, rejected = pairs.beta * pairs.chosen, pairs.beta * pairs.rejected
-    return logistic(chosen - pairs.reward_shift) + logistic(pairs.reward_shift - rejected)
+    """−log σ(βΔ_c) − log σ(−βΔ_r): https://arxiv.org/abs/2404.04656 section 4, with δ = 0."""
+    return logistic(pairs.beta * pairs.chosen) + logistic(-pairs.beta * pairs.rejected)
 
 
 def _aot(pairs: Pairs) -> torch.Tensor:
@@ -217,7 +215,6 @@ def dpo_loss(
     chosen_length: torch.Tensor | None = None,
     rejected_length: torch.Tensor | None = None,
     mean_chosen_length: torch.Tensor | float | None = None,
-    reward_shift: torch.Tensor | float = 0.0,
     discopop_tau: float = 0.05,
 ) -> torch.Tensor:
     """The loss of each pair: −(1−ε) log σ(β(Δ_c − Δ_r)) − ε log σ(−β(Δ_c − Δ_r)), or another `loss_type`.
@@ -235,8 +232,6 @@ def dpo_loss(
             for the types that are not in `LABEL_SMOOTHED`.
         chosen_length, rejected_length: [N] target tokens of the completions; for "ipo" and "sigmoid_norm".
         mean_chosen_length: target tokens of the step's chosen completions / pairs of the step; for "sft".
-        reward_shift: δ of "bco_pair": a mean of the chosen and rejected rewards of earlier steps (the paper's running
-            mean), or 0; no gradient reaches it.
         discopop_tau: temperature of "discopop", in (0, 1].
 
     Returns:
@@ -261,7 +256,6 @@ def dpo_loss(
         chosen_length=chosen_length,
         rejected_length=rejected_length,
         mean_chosen_length=mean_chosen_length,
-        reward_shift=reward_shift.detach() if isinstance(reward_shift, torch.Tensor) else reward_shift,
         discopop_tau=discopop_tau,
     )
     return DPO_LOSSES[loss_type](pairs)

@@ -5,20 +5,20 @@ import torch
 from arabic_qwen.losses.margins import at_least_float32
 
 
-def kto_kl(policy_kl: torch.Tensor, reference_kl: torch.Tensor) -> torch.Tensor:
-    """z = max(0, mean(log π − log π_ref)), the estimate of KL(π ‖ π_ref) that rewards are measured from; no gradient.
+def kto_kl(log_ratio_sum: torch.Tensor, count: torch.Tensor | float) -> torch.Tensor:
+    """z = max(0, Σ(log π − log π_ref) / count), the estimate of KL(π ‖ π_ref) that rewards are measured from.
 
-    Section 4.1 of https://arxiv.org/abs/2402.01306.
+    Section 4.1 of https://arxiv.org/abs/2402.01306. No gradient.
 
     Args:
-        policy_kl, reference_kl: [M] log-probabilities, summed over the completion, of prompts with the completion of
-            another row. All of the optimizer step, of all ranks: the clamp of a part is not a part of the clamp.
+        log_ratio_sum: scalar, the sum over prompts with the completion of another row, of log-probabilities summed over
+            the completion. All of the optimizer step, of all ranks: the clamp of a part is not a part of the clamp.
+        count: such prompts.
 
     Returns:
         Scalar; 0 for a step without such completions.
     """
-    log_ratios = at_least_float32(policy_kl.detach()) - at_least_float32(reference_kl.detach())
-    return (log_ratios.sum() / max(log_ratios.numel(), 1)).clamp(min=0)
+    return (log_ratio_sum.detach() / torch.as_tensor(count).clamp(min=1)).clamp(min=0)
 
 
 def kto_loss(

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from peft import PeftModel
 from rich.progress import track
 from safetensors.torch import load_file, save_file
@@ -68,10 +70,10 @@ def reference_policy(model: Any, source: str, config: Any) -> Reference:
     """
     name = getattr(config, "ref_model_name", None)
     if name:
-        return other_model(load_model(name, config, trainable=False))
+        return OtherModel(lambda: load_model(name, config, trainable=False))
     if not isinstance(model, PeftModel) or _trains_biases(model):
         # Loaded as the policy is, so that both round alike and the first margin is 0.
-        return other_model(load_model(source, config, trainable=not config.use_lora))
+        return OtherModel(lambda: load_model(source, config, trainable=not config.use_lora))
     if is_adapter(source):
         return earlier_adapter(model, source)
     return adapters_off
@@ -82,10 +84,24 @@ def _trains_biases(model: PeftModel) -> bool:
     return any(getattr(adapter, "bias", "none") != "none" for adapter in model.peft_config.values())
 
 
-def other_model(frozen: torch.nn.Module) -> Reference:
-    """A second model: a copy for full fine-tuning, or another one by name."""
-    frozen.requires_grad_(False).eval()
-    return lambda model: contextlib.nullcontext(frozen)
+class OtherModel:
+    """A second, frozen model as :data:`Reference`: a copy for full fine-tuning, or another one by name."""
+
+    def __init__(self, load: Callable[[], torch.nn.Module]):
+        self._load = load
+        self._frozen: torch.nn.Module | None = self._loaded()
+
+    def _loaded(self) -> torch.nn.Module:
+        return self._load().requires_grad_(False).eval()
+
+    def release(self) -> None:
+        """Free its memory; it is loaded again when it is called for."""
+        self._frozen = None
+
+    def __call__(self, model: Any) -> contextlib.AbstractContextManager[torch.nn.Module]:
+        if self._frozen is None:
+            self._frozen = self._loaded()
+        return contextlib.nullcontext(self._frozen)
 
 
 @torch.no_grad()
@@ -104,11 +120,17 @@ def precompute(
             logger.info("reference log-probabilities: %s", path)
             logps = load_file(path)["logps"]
         else:
-            logps = _reference_logps(groups, frozen, token_budget)
+            state = PartialState()
+            own = range(state.process_index, len(groups), state.num_processes)
+            found = _reference_logps([groups[i] for i in own], frozen, token_budget)
+            everyone = dict(gather_object(list(zip(own, found, strict=True))))
+            logps = torch.tensor([logp for i in range(len(groups)) for logp in everyone[i]])
             cache_dir.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(f".{os.getpid()}.tmp")  # of several processes each computes them
+            unfinished = path.with_suffix(f".{os.getpid()}.tmp")  # each process writes the same
             save_file({"logps": logps}, unfinished)
             unfinished.replace(path)
+    if isinstance(reference, OtherModel):
+        reference.release()
     parts = logps.split([len(_scored(group)) for group in groups])
     return [group._replace(reference=tuple(part.tolist())) for group, part in zip(groups, parts, strict=True)]
 
@@ -117,18 +139,18 @@ def _scored(group: Group) -> list:
     return [*group.completions, *([group.mismatched] if group.mismatched else [])]
 
 
-def _reference_logps(groups: Sequence[Group], frozen: Any, token_budget: int) -> torch.Tensor:
-    """Summed log-probabilities of all scored completions, in order, float32."""
-    sums: list[torch.Tensor] = []
+def _reference_logps(groups: Sequence[Group], frozen: Any, token_budget: int) -> list[list[float]]:
+    """Each group's summed log-probabilities of its scored completions."""
+    sums: list[list[float]] = []
     chunk = 64  # groups a progress step
     starts = range(0, len(groups), chunk)
     for start in track(starts, "Reference", disable=not sys.stderr.isatty(), transient=True):
         some = groups[start : start + chunk]
         pairs = [(group.prompt.tolist(), [c.ids.tolist() for c in _scored(group)]) for group in some]
         for group, scores in zip(some, score_completions(frozen, pairs, token_budget=token_budget), strict=True):
-            for completion, logps in zip(_scored(group), scores, strict=True):
-                sums.append(logps[torch.from_numpy(completion.targets)].sum().cpu())
-    return torch.stack(sums)
+            targets = [torch.from_numpy(completion.targets) for completion in _scored(group)]
+            sums.append([logps.cpu()[mask].sum().item() for logps, mask in zip(scores, targets, strict=True)])
+    return sums
 
 
 def _fingerprint(frozen: Any, groups: Sequence[Group], trained: str | None) -> str:

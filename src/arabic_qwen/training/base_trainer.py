@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from arabic_qwen.config import BaseConfig, SFTConfig, load_config
-from arabic_qwen.data.loaders import DATA_LOADERS, GroupDataset, SFTDataLoader, to_padded
+from arabic_qwen.data.loaders import DataLoader, GroupDataset, SFTDataLoader, to_padded
 from arabic_qwen.data.templates import set_template, stop_token_ids
 from arabic_qwen.errors import ConfigurationError, DatasetError, TrainingError
 from arabic_qwen.models import loading
@@ -28,7 +28,7 @@ from arabic_qwen.training.arguments import Schedule, resolve_schedule, training_
 from arabic_qwen.training.callbacks import ProgressDisplay, RunLog
 from arabic_qwen.training.engine import PackedTrainer
 from arabic_qwen.training.generation import GenerationMixin
-from arabic_qwen.training.objectives import OBJECTIVES
+from arabic_qwen.training.objectives import METHODS
 from arabic_qwen.training.report import model_card
 
 _TIMINGS = ("_runtime", "_per_second", "_time")
@@ -69,7 +69,7 @@ class BaseTrainer(GenerationMixin):
         self.model: Any = None  # PreTrainedModel, or PeftModel around one
         self.tokenizer: Any = None  # PreTrainedTokenizerBase
         self.trainer: Trainer | None = None
-        self.data_loader: SFTDataLoader | None = None
+        self.data_loader: DataLoader | None = None
         self.dataset: dict[str, Any] | None = None
         self._loaded_from: str | None = None  # by load_model()
         self._start: str = ""  # what the model in memory was before its training
@@ -216,10 +216,11 @@ class BaseTrainer(GenerationMixin):
             return
         self.model = loading.add_lora(self.model, self.config)
 
-    def get_data_loader(self) -> SFTDataLoader:
+    def get_data_loader(self) -> DataLoader:
         """The data loader of the training method; methods that are not ours read supervised data."""
         self._setup_tokenizer()
-        loader = DATA_LOADERS.get(self._get_training_method(), SFTDataLoader)
+        method = METHODS.get(self._get_training_method())
+        loader = method.data_loader if method else SFTDataLoader
         self.data_loader = loader(self._validated(), self.tokenizer)
         return self.data_loader
 
@@ -235,7 +236,7 @@ class BaseTrainer(GenerationMixin):
         return {name: self._for_trainer(split) for name, split in self.get_data_loader().load().items()}
 
     def _for_trainer(self, split: GroupDataset) -> Any:
-        if self._get_training_method() in OBJECTIVES:
+        if self._get_training_method() in METHODS:
             return split
         return to_padded(split, self.tokenizer.pad_token_id, self.config.length_column_name)
 
@@ -279,10 +280,10 @@ class BaseTrainer(GenerationMixin):
             NotImplementedError: the method is not ours and the subclass does not override this.
         """
         method = self._get_training_method()
-        if method not in OBJECTIVES:
+        if method not in METHODS:
             raise NotImplementedError(f"{type(self).__name__} must override create_trainer for its method {method!r}")
         config = self._validated()
-        objective = OBJECTIVES[method](config)
+        objective = METHODS[method].objective(config)
         known = ["eval_loss", *(f"eval_{name}" for name in objective.metrics)]
         if training_args.load_best_model_at_end and config.metric_for_best_model not in known:
             raise ConfigurationError(

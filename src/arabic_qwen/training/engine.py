@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput
 
-from arabic_qwen.data.packing import Group, PackedBatch, best_fit_decreasing, micro_batches, pack
+from arabic_qwen.data.packing import Group, PackedBatch, best_fit_decreasing, micro_batches, pack, with_mismatched
 from arabic_qwen.losses.kto import kto_kl
 from arabic_qwen.models.reference import REFERENCE_ADAPTER, Reference
 from arabic_qwen.training.objectives import Objective, Scores, Sums, join_scores
@@ -34,16 +34,18 @@ class Step:
     """One rank's share of an optimizer step, or of an evaluation set."""
 
     batches: list[PackedBatch]
-    kl_batches: list[PackedBatch]  # each prompt with a completion of another, for KTO
+    mismatched: list[PackedBatch]  # for KTO: the prompts of each batch with completions of others
+    shared: list[PackedBatch]  # for KTO: the prompts of each batch with both completions, for the reference
     groups: int
     chosen_tokens: int  # targets of the groups' first completions
     num_tokens: int  # in the streams
 
     def pin_memory(self) -> Step:
+        def pinned(batches: list[PackedBatch]) -> list[PackedBatch]:
+            return [batch.pin_memory() for batch in batches]
+
         return dataclasses.replace(
-            self,
-            batches=[batch.pin_memory() for batch in self.batches],
-            kl_batches=[batch.pin_memory() for batch in self.kl_batches],
+            self, batches=pinned(self.batches), mismatched=pinned(self.mismatched), shared=pinned(self.shared)
         )
 
 
@@ -87,13 +89,20 @@ class _StepSampler(Sampler[list[int]]):
 
     def order(self) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        if self.by_length:
-            return get_length_grouped_indices(self.lengths, self.step_size, generator=generator)
         shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
         # Desirable and undesirable rows, spread evenly over the epoch, so that every step has its share of both.
         classes = [[i for i in shuffled if self.labels[i] is label] for label in (True, False)]
+        if self.by_length:
+            classes = [self._by_length(rows, generator) for rows in classes]
         place = {i: (position + 0.5) / len(rows) for rows in classes for position, i in enumerate(rows)}
         return sorted(shuffled, key=lambda i: place[i])
+
+    def _by_length(self, rows: list[int], generator: torch.Generator) -> list[int]:
+        """Rows of similar length one after the other."""
+        if not rows:
+            return []
+        lengths = [self.lengths[i] for i in rows]
+        return [rows[i] for i in get_length_grouped_indices(lengths, self.step_size, generator=generator)]
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order()
@@ -150,14 +159,12 @@ class PackedTrainer(Trainer):
 
     def _collate(self, sequences: list[list[Group]]) -> Step:
         groups = [group for sequence in sequences for group in sequence]
-        kl_groups = [
-            group._replace(completions=(group.mismatched,), reference=group.reference and group.reference[1:])
-            for group in groups
-            if group.mismatched
-        ]
+        batches = micro_batches(groups, self.token_budget)
+        kl_batches = batches if self.objective.needs_kl else []
         return Step(
-            batches=micro_batches(groups, self.token_budget),
-            kl_batches=micro_batches(kl_groups, self.token_budget),
+            batches=[pack(batch) for batch in batches],
+            mismatched=[pack([with_mismatched(group, own=False) for group in batch]) for batch in kl_batches],
+            shared=[pack([with_mismatched(group, own=True) for group in batch]) for batch in kl_batches],
             groups=len(groups),
             chosen_tokens=sum(int(group.completions[0].targets.sum()) for group in groups),
             num_tokens=sum(group.num_tokens for group in groups),
@@ -184,7 +191,7 @@ class PackedTrainer(Trainer):
             return torch.zeros((), device=self.args.device)
         model.train()
         num_groups, mean_length = self._totals(inputs)
-        kl = self._kl(inputs.kl_batches) if self.objective.needs_kl else 0.0
+        kl = self._divergence(self._log_ratios(inputs)) if self.objective.needs_kl else 0.0
         slopes = self._slopes(inputs.batches, mean_length) if self.objective.whole_step else None
         batches = inputs.batches or [pack([self.train_groups[0]])]  # a rank without rows still joins the reduction
         share = self.args.world_size if inputs.batches else 0  # DDP averages gradients over ranks
@@ -219,29 +226,51 @@ class PackedTrainer(Trainer):
         if self.objective.needs_reference:
             reference = batch.reference
             if reference is None:
-                with torch.no_grad(), self.accelerator.autocast(), self.reference(self.model) as frozen:
-                    reference = _completion_sums(batch, frozen(packed=batch))
+                reference = self._score_reference(batch)
         return Scores(
             policy=_completion_sums(batch, model(packed=batch)),
             reference=reference,
-            length=torch.bincount(batch.target_completion, minlength=batch.num_completions),
-            group=batch.completion_group,
+            num_targets=batch.num_targets,
+            lengths=batch.lengths,
+            first=batch.first,
+            others=batch.others,
+            others_group=batch.others_group,
             label=batch.labels,
             mean_chosen_length=mean_length,
             kl=kl,
         )
 
+    def _score_reference(self, batch: PackedBatch) -> torch.Tensor:
+        """[C] the reference's log-probabilities."""
+        with torch.no_grad(), self.accelerator.autocast(), self.reference(self.model) as frozen:
+            return _completion_sums(batch, frozen(packed=batch))
+
     @torch.no_grad()
-    def _kl(self, batches: list[PackedBatch]) -> torch.Tensor:
-        """KTO's z from the mismatched completions of the whole step, all ranks."""
-        # Not through DDP, whose ranks must call forward equally often: one may have no rows.
-        scores, _ = self._gather([self._score(self.model, batch.to(self.args.device), 1.0) for batch in batches])
-        return kto_kl(scores.policy, scores.reference)
+    def _log_ratios(self, step: Step) -> torch.Tensor:
+        """[2] sum and number of this rank's log-ratios of mismatched completions.
+
+        The reference's log-probabilities of the batches' own completions are found with them, and left in the batches.
+        """
+        found = torch.zeros(2, device=self.args.device)
+        for batch, mismatched, shared in zip(step.batches, step.mismatched, step.shared, strict=True):
+            if batch.reference is None:
+                reference = self._score_reference(shared.to(self.args.device))
+                batch.reference, mismatched.reference = reference[0::2], reference[1::2]
+            # Not through DDP, whose ranks must call forward equally often: one may have no rows.
+            scores = self._score(self.model, mismatched.to(self.args.device), 1.0)
+            found += torch.stack([(scores.policy - scores.reference).sum(), found.new_full((), len(scores.policy))])
+        return found
+
+    def _divergence(self, log_ratios: torch.Tensor) -> torch.Tensor:
+        """KTO's z from :meth:`_log_ratios` of all ranks."""
+        return kto_kl(*self.accelerator.reduce(log_ratios, "sum"))
 
     def _slopes(self, batches: list[PackedBatch], mean_length) -> Iterator[torch.Tensor]:
         """d loss / d log-probability of each batch's completions, where the loss needs the whole step at once."""
         with torch.no_grad(), torch.random.fork_rng():  # the pass with gradients sees the same dropout
             parts = [self._score(self.model, batch.to(self.args.device), mean_length) for batch in batches]
+        for batch, part in zip(batches, parts, strict=True):
+            batch.reference = part.reference
         scores, own = self._gather(parts)
         policy = scores.policy.requires_grad_()
         loss = self.objective.loss(scores).mean()
@@ -307,16 +336,15 @@ class PackedTrainer(Trainer):
         model: Any = self.model
         model.eval()
         parts: list[Scores] = []
-        kl_parts: list[Scores] = []
+        log_ratios = torch.zeros(2, device=self.args.device)
         for step in dataloader:
-            for batches, scored in ((step.batches, parts), (step.kl_batches, kl_parts)):
-                scored += [self._score(model, batch.to(self.args.device), 1.0) for batch in batches]
+            if self.objective.needs_kl:
+                log_ratios += self._log_ratios(step)
+            parts += [self._score(model, batch.to(self.args.device), 1.0) for batch in step.batches]
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         scores, _ = self._gather(parts)
-        scores.mean_chosen_length = scores.length[scores.first].float().mean()
-        if self.objective.needs_kl:
-            kl_scores, _ = self._gather(kl_parts)
-            scores.kl = kto_kl(kl_scores.policy, kl_scores.reference)
+        scores.mean_chosen_length = scores.num_targets[scores.first].float().mean()
+        scores.kl = self._divergence(log_ratios)
         loss = self.objective.loss(scores).mean().item()
         sums = {name: value.item() for name, value in self.objective.sums(scores).items()}
         metrics = {"loss": loss, **self.objective.derive(sums, loss)}

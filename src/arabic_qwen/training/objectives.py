@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from arabic_qwen.data.loaders import (
+    CPODataLoader,
+    DataLoader,
+    DPODataLoader,
+    IPODataLoader,
+    KTODataLoader,
+    SFTDataLoader,
+)
 from arabic_qwen.losses.cpo import LENGTH_AVERAGED, cpo_loss
 from arabic_qwen.losses.dpo import STEP_COUPLED, dpo_loss, implicit_rewards
 from arabic_qwen.losses.ipo import ipo_loss
@@ -24,21 +33,18 @@ class Scores:
 
     policy: torch.Tensor  # [C] float32, summed over the completion's targets
     reference: torch.Tensor | None  # [C] float32; None for methods without one
-    length: torch.Tensor  # [C] targets
-    group: torch.Tensor  # [C] int64 in [0, G), ascending; a group's first completion is the chosen one
+    num_targets: torch.Tensor  # [C] int64
+    lengths: torch.Tensor  # [C] float32, as the data gives them, else num_targets
+    first: torch.Tensor  # [G] int64, each group's chosen completion
+    others: torch.Tensor  # [C − G] int64, the rejected completions
+    others_group: torch.Tensor  # [C − G] int64 in [0, G)
     label: torch.Tensor  # [G] bool
     mean_chosen_length: torch.Tensor | float  # targets of first completions / groups, over the whole step
     kl: torch.Tensor | float = 0.0  # KTO's z, over the whole step
 
-    @property
-    def first(self) -> torch.Tensor:
-        """[C] bool: the chosen completions."""
-        return torch.cat([self.group.new_ones(1, dtype=torch.bool), self.group[1:] != self.group[:-1]])
-
     def split(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Values of chosen [G] and of rejected completions [C − G]."""
-        first = self.first
-        return values[first], values[~first]
+        return values[self.first], values[self.others]
 
     def to(self, device: torch.device | str) -> Scores:
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
@@ -47,15 +53,22 @@ class Scores:
 
 def join_scores(parts: list[Scores]) -> Scores:
     """Parts as one; `mean_chosen_length` and `kl` are those of the first."""
-    groups = [len(part.label) for part in parts]
-    starts = [sum(groups[:i]) for i in range(len(groups))]
-    reference = [part.reference for part in parts if part.reference is not None]
+    completions = list(itertools.accumulate((len(part.policy) for part in parts), initial=0))
+    groups = list(itertools.accumulate((len(part.label) for part in parts), initial=0))
+
+    def joined(name: str, starts: list[int] | None = None) -> torch.Tensor:
+        values = [getattr(part, name) for part in parts]
+        return torch.cat([value + start for value, start in zip(values, starts or [0] * len(parts), strict=False)])
+
     return dataclasses.replace(
         parts[0],
-        policy=torch.cat([part.policy for part in parts]),
-        reference=torch.cat(reference) if reference else None,
-        length=torch.cat([part.length for part in parts]),
-        group=torch.cat([part.group + start for part, start in zip(parts, starts, strict=True)]),
+        policy=joined("policy"),
+        reference=None if parts[0].reference is None else joined("reference"),
+        num_targets=joined("num_targets"),
+        lengths=joined("lengths"),
+        first=joined("first", completions),
+        others=joined("others", completions),
+        others_group=joined("others_group", groups),
         label=torch.cat([part.label for part in parts]),
     )
 
@@ -107,9 +120,9 @@ def _pair_sums(rewards: Callable[[Scores], torch.Tensor]) -> Callable[[Scores], 
     def sums(scores: Scores) -> Sums:
         chosen, rejected = scores.split(rewards(scores).detach())
         chosen_logps, rejected_logps = scores.split(scores.policy.detach())
-        chosen_length, rejected_length = scores.split(scores.length.float())
-        row = scores.group[~scores.first]
-        count = torch.bincount(row, minlength=len(chosen)).float()
+        chosen_length, rejected_length = scores.split(scores.lengths)
+        row = scores.others_group
+        count = torch.zeros_like(chosen).index_add(0, row, torch.ones_like(rejected))
         some = count > 0
 
         def mean(values: torch.Tensor) -> torch.Tensor:
@@ -119,7 +132,7 @@ def _pair_sums(rewards: Callable[[Scores], torch.Tensor]) -> Callable[[Scores], 
         longer = torch.where(some, chosen_length - mean(rejected_length), 0.0)
         wins = torch.where(some, mean((chosen[row] > rejected).float()), 0.0)
         return {
-            "groups": torch.tensor(float(len(chosen)), device=chosen.device),
+            "groups": chosen.new_full((), len(chosen)),
             "pairs": some.float().sum(),
             "rewards/chosen": chosen.sum(),
             "rewards/rejected": mean(rejected).sum(),
@@ -199,7 +212,7 @@ def _pairs(scores: Scores) -> list[torch.Tensor]:
 
 def _averaged(beta: float) -> Callable[[Scores], torch.Tensor]:
     """Rewards of the methods without a reference that average over tokens."""
-    return lambda scores: beta * scores.policy / scores.length
+    return lambda scores: beta * scores.policy / scores.num_targets
 
 
 def _pair_objective(
@@ -217,12 +230,13 @@ def _sft(config: Any) -> Objective:
 
 def _dpo(config: Any) -> Objective:
     def loss(scores: Scores) -> torch.Tensor:
-        chosen_length, rejected_length = scores.split(scores.length)
+        chosen_length, rejected_length = scores.split(scores.num_targets)
         return dpo_loss(
             *_pairs(scores),
             beta=config.beta,
             loss_type=config.loss_type,
             label_smoothing=config.label_smoothing,
+            discopop_tau=config.discopop_tau,
             chosen_length=chosen_length,
             rejected_length=rejected_length,
             mean_chosen_length=scores.mean_chosen_length,
@@ -235,7 +249,7 @@ def _dpo(config: Any) -> Objective:
 def _ipo(config: Any) -> Objective:
     def loss(scores: Scores) -> torch.Tensor:
         return ipo_loss(
-            *_pairs(scores), *scores.split(scores.length), tau=config.tau, label_smoothing=config.label_smoothing
+            *_pairs(scores), *scores.split(scores.num_targets), tau=config.tau, label_smoothing=config.label_smoothing
         )
 
     return _pair_objective(loss, _implicit(config.beta), needs_reference=True)
@@ -261,17 +275,18 @@ def _kto(config: Any) -> Objective:
 def _cpo(config: Any) -> Objective:
     def loss(scores: Scores) -> torch.Tensor:
         chosen, rejected = scores.split(scores.policy)
-        chosen_length, rejected_length = scores.split(scores.length)
+        chosen_length, rejected_length = scores.split(scores.num_targets)
         return cpo_loss(
             chosen,
             rejected,
-            scores.group[~scores.first],
+            scores.others_group,
             chosen_length,
             rejected_length,
             beta=config.beta,
             cpo_alpha=config.cpo_alpha,
             simpo_gamma=config.simpo_gamma,
             loss_type=config.loss_type,
+            negatives=config.negatives,
             label_smoothing=config.label_smoothing,
             mean_chosen_length=scores.mean_chosen_length,
         )
@@ -285,7 +300,7 @@ def _simpo(config: Any) -> Objective:
     def loss(scores: Scores) -> torch.Tensor:
         return simpo_loss(
             *scores.split(scores.policy),
-            *scores.split(scores.length),
+            *scores.split(scores.num_targets),
             beta=config.beta,
             gamma_beta_ratio=config.gamma_beta_ratio,
             label_smoothing=config.label_smoothing,
@@ -297,20 +312,27 @@ def _simpo(config: Any) -> Objective:
 def _orpo(config: Any) -> Objective:
     def loss(scores: Scores) -> torch.Tensor:
         chosen, rejected = scores.split(scores.policy)
-        chosen_length, rejected_length = scores.split(scores.length)
+        chosen_length, rejected_length = scores.split(scores.num_targets)
         preference = orpo_loss(chosen, rejected, chosen_length, rejected_length, beta=config.beta)
         return preference + chosen_nll(chosen, mean_length=scores.mean_chosen_length)
 
     return _pair_objective(loss, _averaged(config.beta))
 
 
-#: From a method's name to its objective, given its configuration.
-OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
-    "sft": _sft,
-    "dpo": _dpo,
-    "ipo": _ipo,
-    "kto": _kto,
-    "cpo": _cpo,
-    "simpo": _simpo,
-    "orpo": _orpo,
+class Method(NamedTuple):
+    """A training method: how its rows become groups, and what it makes of their log-probabilities."""
+
+    data_loader: type[DataLoader]
+    objective: Callable[[Any], Objective]  # given the method's configuration
+
+
+#: The methods, by name; each has a configuration class of the same name in `config.METHOD_CONFIGS`.
+METHODS: dict[str, Method] = {
+    "sft": Method(SFTDataLoader, _sft),
+    "dpo": Method(DPODataLoader, _dpo),
+    "ipo": Method(IPODataLoader, _ipo),
+    "kto": Method(KTODataLoader, _kto),
+    "cpo": Method(CPODataLoader, _cpo),
+    "simpo": Method(DPODataLoader, _simpo),
+    "orpo": Method(DPODataLoader, _orpo),
 }
