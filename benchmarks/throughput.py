@@ -1,12 +1,17 @@
-"""Training speed of this package and of TRL: same model, same token ids, same adapters, one process.
+"""Training speed of this package and of TRL: same model, adapters, token ids and order, and the same outcome.
 
-    python benchmarks/throughput.py --method sft|dpo|ipo|cpo|simpo [--model PATH] [--data PATH] [--json]
-        [--steps N] [--batch-size N] [--negatives K] [--equal-lengths] [--rounds N]
+    python benchmarks/throughput.py --method sft|dpo|ipo|kto|cpo|simpo [--model PATH] [--data PATH] [--json]
+        [--dtype T] [--steps N] [--batch-size N] [--negatives K] [--equal-lengths] [--rounds N]
 
-Both train LoRA (r=16, all linear layers, float32 adapters) on the same tokenised examples, without dropout; DPO and IPO
-with the reference pass inside the timing. For SFT, TRL runs padded with batches of similar length, and padding-free; the
-faster counts. TRL's CPO takes pairs, so a row with K negatives is K pairs there. Two epochs are trained and the second
-is timed. A token counts once for each prompt with completion that it belongs to, padding does not count.
+Both train new LoRA adapters (r=16, all linear layers, float32, no dropout) for one epoch of 2·N steps with the same
+optimizer, and the second N steps are timed; with them the reference pass of DPO, IPO and KTO, and KTO's mismatched
+completions. A token counts once for each prompt with completion that it belongs to; padding and those passes do not
+count. TRL's CPO takes pairs, so a row with K negatives is K pairs of a batch there: same loss, same gradient. For SFT,
+TRL runs padding-free, and padded with the rows of each half sorted by length; the faster counts.
+
+`update_difference` is ‖ours − theirs‖ / ‖theirs‖ of what training added to the adapters, all weights as one vector. It
+has a limit for each precision, which rounding stays below and other data, order or loss would not. (Sorted rows make
+other steps, so that variant is not compared.)
 
 Without --data, lengths are log-normal: prompts of median 200 and completions of median 250 tokens, at most 512 each, an
 eighth of that for models under 50 million parameters. --equal-lengths makes all of them the median.
@@ -15,26 +20,31 @@ eighth of that for models under 50 million parameters. --equal-lengths makes all
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
-import sys
 import tempfile
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import trl
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from trl.experimental.cpo import CPOConfig as TRLCPOConfig
 from trl.experimental.cpo import CPOTrainer as TRLCPOTrainer
 
 from arabic_qwen.config import METHOD_CONFIGS, BaseConfig
 from arabic_qwen.data.loaders import GroupDataset
 from arabic_qwen.data.packing import Completion, Group
-from arabic_qwen.models.loading import add_lora, compute_dtype, device, resolve_model_name
+from arabic_qwen.models.loading import compute_dtype, device, resolve_model_name
 from arabic_qwen.training.base_trainer import BaseTrainer
+
+SORTED = "padded, sorted by length"
+LARGEST_DIFFERENCE = {torch.float32: 0.01, torch.bfloat16: 0.5}  # seen on tiny models: 6e-4 and 0.12
 
 
 class Clock(TrainerCallback):
@@ -49,190 +59,212 @@ class Clock(TrainerCallback):
             self.seconds = time.perf_counter() - self.start
 
 
-def random_groups(count: int, completions: int, vocabulary: int, scale: float, equal: bool) -> list[Group]:
+class Run(NamedTuple):
+    seconds: float
+    mean_loss: float
+    start: torch.Tensor  # all adapter weights before training
+    update: torch.Tensor  # and what training added to them
+
+
+def random_groups(args: argparse.Namespace, vocabulary: int, scale: float) -> list[Group]:
     """Random tokens in the length mix that instruction data has."""
     rng = np.random.default_rng(0)
 
     def tokens(median: float) -> np.ndarray:
-        length = median if equal else np.clip(rng.lognormal(np.log(median), 0.6), 8, 512)
+        length = median if args.equal_lengths else np.clip(rng.lognormal(np.log(median), 0.6), 8, 512)
         return rng.integers(0, vocabulary, max(2, int(length * scale)), dtype=np.int32)
 
     def completion() -> Completion:
         ids = tokens(250)
         return Completion(ids, np.ones(len(ids), dtype=bool))
 
-    return [Group(tokens(200), tuple(completion() for _ in range(completions))) for _ in range(count)]
+    completions = {"sft": 1, "kto": 1, "cpo": 1 + args.negatives}.get(args.method, 2)
+    count = 2 * args.steps * args.batch_size
+    groups = [Group(tokens(200), tuple(completion() for _ in range(completions))) for _ in range(count)]
+    if args.method == "kto":
+        neighbours = [group.completions[0] for group in groups[-1:] + groups[:-1]]
+        groups = [g._replace(label=i % 2 == 0, mismatched=neighbours[i]) for i, g in enumerate(groups)]
+    return groups
 
 
-def check_update(model: torch.nn.Module, losses: list[float]) -> None:
-    # TRL keeps a frozen copy of the adapters as reference
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name}
-    moved = [p.abs().max().item() for p in trained.values()]
-    assert moved and all(value > 0 for value in moved), "adapters did not move: the benchmark measured nothing"
-    assert losses and all(np.isfinite(losses)), f"loss is not finite: {losses}"
+def train(trainer: Trainer) -> Run:
+    def weights() -> torch.Tensor:
+        trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+        assert trained and all("lora_" in name and p.dtype is torch.float32 for name, p in trained.items())
+        return torch.cat([trained[name].detach().flatten().cpu() for name in sorted(trained)])
 
-
-def finish(trainer: Any, clock: Clock) -> tuple[float, list[float]]:
+    start, clock = weights(), Clock()
+    trainer.add_callback(clock)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    check_update(trainer.model, losses)
-    return clock.seconds, losses
+    assert losses and all(np.isfinite(losses)), f"loss is not finite: {losses}"
+    update = weights() - start
+    assert update.norm() > 0, "adapters did not move: the benchmark measured nothing"
+    return Run(clock.seconds, statistics.fmean(losses), start, update)
 
 
-def train_ours(config: BaseConfig, groups: list[Group]) -> tuple[float, list[float]]:
-    clock = Clock()
-    trainer = BaseTrainer(config)
-    trainer.setup_model_and_tokenizer()
+def ours(trainer: BaseTrainer, groups: list[Group]) -> Trainer:
     trainer.setup_lora()
     trainer.dataset = {"train": GroupDataset(groups)}
-    return finish(trainer.create_trainer(trainer.dataset, trainer.get_training_arguments(), [clock]), clock)
+    return trainer.create_trainer(trainer.dataset, trainer.get_training_arguments(), [])
 
 
 class TokenisedDPO(trl.DPOTrainer):
+    """Takes rows of token ids, which need no preparation."""
+
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
 
 
+class TokenisedKTO(trl.KTOTrainer):
+    _prepare_dataset = TokenisedDPO._prepare_dataset
+
+
 class TokenisedCPO(TRLCPOTrainer):
     def tokenize_row(self, feature, model=None):
-        return json.loads(feature["tokens"])
+        return feature
 
 
-def train_trl(config: BaseConfig, groups: list[Group], output_dir: str, **options: Any) -> tuple[float, list[float]]:
-    """TRL on the same token ids; `options` are for its configuration class."""
+def peer(config: Any) -> tuple[type[Trainer], type[TrainingArguments], Callable[[Group], dict], dict[str, Any]]:
+    """TRL's trainer and configuration class, how a group is written as its row, and the method's settings."""
     if config.method == "sft":
-        trainer_class, config_class = trl.SFTTrainer, trl.SFTConfig
-        options |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-        rows = [_sft_row(group) for group in groups]
-    elif config.method in ("dpo", "ipo"):
-        trainer_class, config_class = TokenisedDPO, trl.DPOConfig
-        options |= {
-            "beta": config.beta,
-            "loss_type": "ipo" if config.method == "ipo" else "sigmoid",
-            "max_length": None,
-        }
-        rows = [_pair_row(group) for group in groups]
-    else:
-        trainer_class, config_class = TokenisedCPO, TRLCPOConfig
-        simpo = config.method == "simpo"
-        options |= {"beta": config.beta, "loss_type": "simpo" if simpo else "sigmoid", "max_length": 1024}
-        options |= {"cpo_alpha": 0.0 if simpo else 1.0, "simpo_gamma": 1.0}
-        rows = [_cpo_row(group.prompt, group.completions[0], n) for group in groups for n in group.completions[1:]]
-    dtype = compute_dtype(config)
-    model = AutoModelForCausalLM.from_pretrained(resolve_model_name(config.model_name), dtype=dtype)
-    clock = Clock()
-    trainer = trainer_class(
-        model=add_lora(model.to(device()), config),
-        args=config_class(
-            output_dir=output_dir,
-            max_steps=config.max_steps,
-            learning_rate=config.learning_rate,
-            per_device_train_batch_size=config.per_device_train_batch_size * len(rows) // len(groups),
-            gradient_checkpointing=config.gradient_checkpointing,
-            use_cpu=not torch.cuda.is_available(),
-            bf16=dtype is torch.bfloat16,
-            report_to="none",
-            save_strategy="no",
-            logging_steps=1,
-            disable_tqdm=True,
-            **options,
+        options = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        return trl.SFTTrainer, trl.SFTConfig, _sft_row, options
+    options = {"max_length": config.max_seq_length, "beta": config.beta}
+    if config.method == "dpo":
+        return TokenisedDPO, trl.DPOConfig, _pair_row, options
+    if config.method == "ipo":  # TRL's beta is the paper's tau
+        return TokenisedDPO, trl.DPOConfig, _pair_row, options | {"loss_type": "ipo", "beta": config.tau}
+    if config.method == "kto":
+        return TokenisedKTO, trl.KTOConfig, _kto_row, options
+    if config.method == "cpo":
+        return TokenisedCPO, TRLCPOConfig, _cpo_row, options | {"cpo_alpha": config.cpo_alpha}
+    gamma = config.beta * config.gamma_beta_ratio
+    options |= {"loss_type": "simpo", "simpo_gamma": gamma, "cpo_alpha": 0.0}
+    return TokenisedCPO, TRLCPOConfig, _cpo_row, options
+
+
+def theirs(config: BaseConfig, groups: list[Group], output_dir: str, **options: Any) -> Trainer:
+    """TRL on the groups in their order; `options` are for its configuration class."""
+    trainer_class, config_class, row, method_options = peer(config)
+    trainer = BaseTrainer(config)
+    # All of our arguments: TRL's defaults for some of them are its own.
+    given = trainer.get_training_arguments()
+    arguments = {field.name: getattr(given, field.name) for field in dataclasses.fields(given) if field.init}
+    arguments |= {"output_dir": output_dir, "train_sampling_strategy": "sequential", **method_options, **options}
+    if config.method == "cpo":
+        (negatives,) = {len(group.completions) - 1 for group in groups}
+        groups = [g._replace(completions=(g.completions[0], c)) for g in groups for c in g.completions[1:]]
+        arguments["per_device_train_batch_size"] *= negatives
+    model = AutoModelForCausalLM.from_pretrained(resolve_model_name(config.model_name), dtype=compute_dtype(config))
+    return trainer_class(
+        model=model.to(device()),
+        args=config_class(**arguments),
+        train_dataset=Dataset.from_list([row(group) for group in groups]),
+        processing_class=trainer.get_data_loader().tokenizer,
+        # A model that has adapters would get a copy of them as reference; this way TRL only switches them off.
+        peft_config=LoraConfig(
+            r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=BaseTrainer(config).get_data_loader().tokenizer,
-        callbacks=[clock],
     )
-    return finish(trainer, clock)
 
 
 def _sft_row(group: Group) -> dict[str, list[int]]:
-    ((ids, targets),) = group.completions
-    labels = [-100] * len(group.prompt) + np.where(targets, ids, -100).tolist()
-    return {"input_ids": [*group.prompt.tolist(), *ids.tolist()], "labels": labels}
+    prompt, ((ids, targets),) = group.prompt.tolist(), group.completions
+    return {"input_ids": prompt + ids.tolist(), "labels": [-100] * len(prompt) + np.where(targets, ids, -100).tolist()}
 
 
 def _pair_row(group: Group) -> dict[str, list[int]]:
-    chosen, rejected = group.completions
-    return {
-        "prompt_ids": group.prompt.tolist(),
-        "chosen_ids": chosen.ids.tolist(),
-        "rejected_ids": rejected.ids.tolist(),
-    }
+    chosen, rejected = (completion.ids.tolist() for completion in group.completions)
+    return {"prompt_ids": group.prompt.tolist(), "chosen_ids": chosen, "rejected_ids": rejected}
 
 
-def _cpo_row(prompt: np.ndarray, chosen: Completion, rejected: Completion) -> dict[str, str]:
-    tokens = {"prompt_input_ids": prompt.tolist(), "prompt_attention_mask": [1] * len(prompt)}
-    for name, completion in (("chosen", chosen), ("rejected", rejected)):
-        ids = [*prompt.tolist(), *completion.ids.tolist()]
-        tokens[f"{name}_input_ids"], tokens[f"{name}_attention_mask"] = ids, [1] * len(ids)
-        tokens[f"{name}_labels"] = [-100] * len(prompt) + completion.ids.tolist()
-    # TRL's own columns must be there, though nothing reads them.
-    return {"prompt": "", "chosen": "", "rejected": "", "tokens": json.dumps(tokens)}
+def _kto_row(group: Group) -> dict[str, Any]:
+    completion, other = (c.ids.tolist() for c in (*group.completions, group.mismatched))
+    row = {"prompt_ids": group.prompt.tolist(), "completion_ids": completion, "KL_completion_ids": other}
+    return row | {"label": group.label}
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        options = {"packing": False} if args.method == "sft" else {"max_prompt_length": 1024}
-        config = METHOD_CONFIGS[args.method](
-            model_name=args.model,
-            dataset_path=args.data or "sample:sft",
-            output_dir=f"{folder}/ours",
-            instruction_template="tokenizer",
-            max_seq_length=1024,
-            lora_target_modules="all-linear",
-            lora_dropout=0.0,
-            learning_rate=1e-4,
-            max_steps=2 * args.steps,
-            per_device_train_batch_size=args.batch_size,
-            gradient_checkpointing=False,
-            validation_split=0,
-            logging_steps=1,
-            save_strategy="no",
-            **options,
-        )
-        trainer = BaseTrainer(config)
-        trainer.setup_model_and_tokenizer()
-        count = args.steps * args.batch_size
-        if args.data:
-            groups = trainer.load_and_validate_dataset()["train"].groups[:count]
-        else:
-            tiny = sum(p.numel() for p in trainer.model.parameters()) < 50e6
-            completions = {"sft": 1, "cpo": 1 + args.negatives}.get(args.method, 2)
-            vocabulary = len(trainer.tokenizer)
-            groups = random_groups(count, completions, vocabulary, 1 / 8 if tiny else 1.0, args.equal_lengths)
+def _cpo_row(group: Group) -> dict[str, Any]:
+    row: dict[str, Any] = {"prompt": "", "chosen": "", "rejected": ""}  # must be there, though nothing reads them
+    prompt = group.prompt.tolist()
+    for name, completion in zip(("chosen", "rejected"), group.completions, strict=True):
+        ids = completion.ids.tolist()
+        row[f"{name}_input_ids"], row[f"{name}_labels"] = prompt + ids, [-100] * len(prompt) + ids
+        row[f"{name}_attention_mask"] = [1] * len(prompt + ids)
+    return row
+
+
+def load_groups(config: BaseConfig, args: argparse.Namespace) -> tuple[list[Group], list[Group]]:
+    """The examples of all steps, and the same in the order in which our trainer takes them."""
+    trainer = BaseTrainer(config)
+    trainer.setup_model_and_tokenizer()
+    count = 2 * args.steps * args.batch_size
+    if args.data:
+        groups = trainer.load_and_validate_dataset()["train"].groups[:count]
         assert len(groups) == count, f"needs {count} rows, found {len(groups)}"
-        del trainer
-        tokens = sum(len(group.prompt) + len(c.ids) for group in groups for c in group.completions)
+    else:
+        tiny = sum(p.numel() for p in trainer.model.parameters()) < 50e6
+        groups = random_groups(args, len(trainer.tokenizer), 1 / 8 if tiny else 1.0)
+    return groups, [groups[i] for i in ours(trainer, groups).get_train_dataloader().batch_sampler.order()]
 
-        variants: dict[str, dict[str, Any]] = {"padded": {}}
-        if args.method == "sft":
-            variants = {
-                "padded, grouped by length": {"train_sampling_strategy": "group_by_length"},
-                "padding-free": {"padding_free": True},
-            }
-        speeds: dict[str, list[float]] = {}
-        losses: dict[str, float] = {}
-        for _ in range(args.rounds):
-            for name in ("ours", *variants):
-                if name == "ours":
-                    seconds, values = train_ours(config, groups)
-                else:
-                    seconds, values = train_trl(config, groups, f"{folder}/trl", **variants[name])
-                speeds.setdefault(name, []).append(round(tokens / seconds, 1))
-                losses[name] = round(statistics.fmean(values), 4)
+
+def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    options = {"packing": False} if args.method == "sft" else {"max_prompt_length": 1024}
+    config = METHOD_CONFIGS[args.method](
+        model_name=args.model,
+        dataset_path=args.data or "sample:sft",
+        output_dir=f"{folder}/ours",
+        instruction_template="tokenizer",
+        max_seq_length=1024,
+        lora_target_modules="all-linear",
+        lora_dropout=0.0,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        warmup_ratio=0.0,
+        max_steps=2 * args.steps,
+        per_device_train_batch_size=args.batch_size,
+        gradient_checkpointing=False,
+        validation_split=0,
+        logging_steps=1,
+        save_strategy="no",
+        **options | ({"torch_dtype": args.dtype} if args.dtype else {}),
+    )
+    groups, ordered = load_groups(config, args)
+    half = len(ordered) // 2
+    tokens = sum(len(group.prompt) + len(c.ids) for group in ordered[half:] for c in group.completions)
+    variants: dict[str, tuple[list[Group], dict[str, Any]]] = {"padded": (ordered, {})}
+    if args.method == "sft":
+        by_length = [g for rows in (ordered[:half], ordered[half:]) for g in sorted(rows, key=lambda g: -g.num_tokens)]
+        variants = {SORTED: (by_length, {}), "padding-free": (ordered, {"padding_free": True})}
+    speeds: dict[str, list[float]] = {name: [] for name in ("ours", *variants)}
+    losses, difference = {}, 0.0
+    for _ in range(args.rounds):
+        runs = {"ours": train(ours(BaseTrainer(config), groups))}
+        for name, (rows, trl_options) in variants.items():
+            runs[name] = train(theirs(config, rows, f"{folder}/trl", **trl_options))
+        for name, run in runs.items():
+            assert torch.equal(runs["ours"].start, run.start), "the adapters do not start alike"
+            speeds[name].append(round(tokens / run.seconds, 1))
+            losses[name] = round(run.mean_loss, 4)
+            if name != SORTED:
+                difference = max(difference, float((runs["ours"].update - run.update).norm() / run.update.norm()))
+    limit = LARGEST_DIFFERENCE[compute_dtype(config)]
+    assert difference < limit, f"the updates differ by {difference:.3g} of TRL's, more than {limit}"
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     best = max(variants, key=lambda name: medians[name])
+    cuda = torch.cuda.is_available()
     return {
         "method": args.method,
         "model": args.model,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
         "dtype": str(compute_dtype(config)).removeprefix("torch."),
         "steps": args.steps,
         "batch_size": args.batch_size,
         "tokens": tokens,
         "mean_loss": losses,
+        "update_difference": float(f"{difference:.3g}"),
         "ours_tokens_per_s": medians["ours"],
         "trl_tokens_per_s": medians[best],
         "trl_configuration": best,
@@ -243,25 +275,26 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=["sft", "dpo", "ipo", "cpo", "simpo"], required=True)
+    parser.add_argument("--method", choices=["sft", "dpo", "ipo", "kto", "cpo", "simpo"], required=True)
     parser.add_argument("--model", default="arabic-qwen-tiny")
     parser.add_argument("--data")
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps an epoch")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 where the device has it")
+    parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps, after as many others")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--negatives", type=int, default=4, help="rejected completions a row, for CPO without --data")
     parser.add_argument("--equal-lengths", action="store_true")
     parser.add_argument("--rounds", type=int, default=1, help="repeats of both sides; the median counts")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
-    result = measure(args)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(args, folder)
     if args.json:
-        json.dump(result, sys.stdout, indent=2)
-        print()
+        print(json.dumps(result, indent=2))
     else:
         print(f"{result['model']} on {result['device']}, {result['dtype']}, {result['tokens']:,} tokens")
         print(f"ours {result['ours_tokens_per_s']:,} tokens/s")
         print(f"TRL  {result['trl_tokens_per_s']:,} tokens/s ({result['trl_configuration']})")
-        print(f"ratio {result['ratio']}")
+        print(f"ratio {result['ratio']}; the updates differ by {result['update_difference']:.2g} of TRL's")
 
 
 if __name__ == "__main__":

@@ -583,5 +583,7 @@ class TestMismatched:
             assert len(group.mismatched.ids) == len(group.mismatched.targets) > 0
 
     def test_one_prompt_is_not_enough(self, loader):
-        with pytest.raises(DatasetError, match=r"training\.jsonl: KTO .* rows need at least two different prompts each; add rows"):
+        with pytest.raises(
+            DatasetError, match=r"training\.jsonl: KTO .* rows need at least two different prompts each; add rows"
+        ):
             loader("kto").encode(self.rows(4, 4))
