@@ -9,9 +9,9 @@ completions. A token counts once for each prompt with completion that it belongs
 count. TRL's CPO takes pairs, so a row with K negatives is K pairs of a batch there: same loss, same gradient. For SFT,
 TRL runs padding-free, and padded with the rows of each half sorted by length; the faster counts.
 
-`update_difference` is ‖ours − theirs‖ / ‖theirs‖ of what training added to the adapters, all weights as one vector. It
-has a limit for each precision, which rounding stays below and other data, order or loss would not. (Sorted rows make
-other steps, so that variant is not compared.)
+`update_difference` is ‖ours − theirs‖ / ‖theirs‖ of what training added to the adapters, all weights as one vector, and
+has a limit. Another order of the rows makes it 0.25 or more; rounding makes it 1e-3 at most in float32, but 0.1 in
+bfloat16, where the limit finds gross mistakes only. Sorted rows make other steps, so that variant is not compared.
 
 Without --data, lengths are log-normal: prompts of median 200 and completions of median 250 tokens, at most 512 each, an
 eighth of that for models under 50 million parameters. --equal-lengths makes all of them the median.
@@ -44,7 +44,7 @@ from arabic_qwen.models.loading import compute_dtype, device, resolve_model_name
 from arabic_qwen.training.base_trainer import BaseTrainer
 
 SORTED = "padded, sorted by length"
-LARGEST_DIFFERENCE = {torch.float32: 0.01, torch.bfloat16: 0.5}  # seen on tiny models: 6e-4 and 0.12
+LARGEST_DIFFERENCE = {torch.float32: 0.01, torch.bfloat16: 0.5}
 
 
 class Clock(TrainerCallback):
@@ -66,7 +66,7 @@ class Run(NamedTuple):
     update: torch.Tensor  # and what training added to them
 
 
-def random_groups(args: argparse.Namespace, vocabulary: int, scale: float) -> list[Group]:
+def random_groups(args: argparse.Namespace, count: int, vocabulary: int, scale: float) -> list[Group]:
     """Random tokens in the length mix that instruction data has."""
     rng = np.random.default_rng(0)
 
@@ -79,7 +79,6 @@ def random_groups(args: argparse.Namespace, vocabulary: int, scale: float) -> li
         return Completion(ids, np.ones(len(ids), dtype=bool))
 
     completions = {"sft": 1, "kto": 1, "cpo": 1 + args.negatives}.get(args.method, 2)
-    count = 2 * args.steps * args.batch_size
     groups = [Group(tokens(200), tuple(completion() for _ in range(completions))) for _ in range(count)]
     if args.method == "kto":
         neighbours = [group.completions[0] for group in groups[-1:] + groups[:-1]]
@@ -206,7 +205,7 @@ def load_groups(config: BaseConfig, args: argparse.Namespace) -> tuple[list[Grou
         assert len(groups) == count, f"needs {count} rows, found {len(groups)}"
     else:
         tiny = sum(p.numel() for p in trainer.model.parameters()) < 50e6
-        groups = random_groups(args, len(trainer.tokenizer), 1 / 8 if tiny else 1.0)
+        groups = random_groups(args, count, len(trainer.tokenizer), 1 / 8 if tiny else 1.0)
     return groups, [groups[i] for i in ours(trainer, groups).get_train_dataloader().batch_sampler.order()]
 
 
@@ -250,8 +249,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
             losses[name] = round(run.mean_loss, 4)
             if name != SORTED:
                 difference = max(difference, float((runs["ours"].update - run.update).norm() / run.update.norm()))
-    limit = LARGEST_DIFFERENCE[compute_dtype(config)]
-    assert difference < limit, f"the updates differ by {difference:.3g} of TRL's, more than {limit}"
+        assert difference < LARGEST_DIFFERENCE[compute_dtype(config)], f"updates differ by {difference:.3g} of TRL's"
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     best = max(variants, key=lambda name: medians[name])
     cuda = torch.cuda.is_available()
