@@ -366,12 +366,16 @@ def test_scores_join_as_if_they_had_been_one(trainer):
     assert joined.reference is None
 
 
-@pytest.mark.parametrize("case", ["dpo", "dpo-aot", "kto"])
-def test_two_processes_equal_one(case, model_dir, data, tmp_path):
+@pytest.mark.parametrize(
+    ("case", "own"),
+    [("dpo", {}), ("dpo-aot", {}), ("kto", {}), ("dpo", {"precompute_reference": True})],
+    ids=["dpo", "dpo-aot", "kto", "precomputed"],
+)
+def test_two_processes_equal_one(case, own, model_dir, data, tmp_path):
     """Batch 2 on one process equals batch 1 on two; in the last step the second process has no row."""
     method, settings = CASES[case]
     share = 0.125 if method == "kto" else 0.25  # leaves an odd number of rows
-    values = settings | dict(max_steps=None, num_train_epochs=1, save_steps=100, validation_split=share)
+    values = settings | own | dict(max_steps=None, num_train_epochs=1, save_steps=100, validation_split=share)
     config = preference_config(
         method, model_dir, data(method), tmp_path / "one", per_device_train_batch_size=2, **values
     )
