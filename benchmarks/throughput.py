@@ -250,7 +250,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
             if name != SORTED:
                 difference = max(difference, float((runs["ours"].update - run.update).norm() / run.update.norm()))
         assert difference < LARGEST_DIFFERENCE[compute_dtype(config)], f"updates differ by {difference:.3g} of TRL's"
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    medians = {name: round(statistics.median(values), 1) for name, values in speeds.items()}
     best = max(variants, key=lambda name: medians[name])
     cuda = torch.cuda.is_available()
     return {

@@ -582,6 +582,13 @@ class TestMismatched:
             assert len(group.prompt) + len(group.mismatched.ids) <= 128
             assert len(group.mismatched.ids) == len(group.mismatched.targets) > 0
 
+    def test_unpaired_rows_are_split_by_prompt(self, loader, write):
+        rows = [pair(prompt=f"سؤال {n // 2}", rejected=f"خطأ {n}") for n in range(40)]
+        values = dict(dataset_path=write(rows), validation_split=0.25)
+        kto = loader("kto", unpair_preferences=True, **values)
+        assert kto.split() == loader("dpo", **values).split()
+        assert kto.last_user_turn(rows[0]) == "سؤال 0"
+
     def test_one_prompt_is_not_enough(self, loader):
         with pytest.raises(
             DatasetError, match=r"training\.jsonl: KTO .* rows need at least two different prompts each; add rows"

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.data.conversations import Message, to_conversation
 from arabic_qwen.data.packing import Completion, Group
-from arabic_qwen.data.preferences import to_contrast, to_feedback, to_measured_pair, to_pair
+from arabic_qwen.data.preferences import Preference, to_contrast, to_feedback, to_measured_pair, to_pair
 from arabic_qwen.data.readers import Row, raise_problems, read_rows
 from arabic_qwen.data.templates import Piece, encode_pieces, render_answer, render_pieces, render_prompt
 from arabic_qwen.errors import ConfigurationError, DatasetError
@@ -259,17 +259,17 @@ class CPODataLoader(_PreferenceDataLoader):
 
 
 class KTODataLoader(_PreferenceDataLoader):
-    """Single answers with a label: `prompt`, `completion`, `label`."""
+    """Single answers with a label: `prompt`, `completion`, `label`; pairs too with `unpair_preferences`."""
 
-    read = staticmethod(to_feedback)
+    def read(self, values: dict[str, Any], system_prompt: str | None = None) -> Preference:
+        paired = self.config.unpair_preferences and "chosen" in values
+        return (to_pair if paired else to_feedback)(values, system_prompt)
 
     def _drafts(self, values: dict[str, Any], dataset: GroupDataset) -> list[Draft]:
-        if self.config.unpair_preferences and "chosen" in values:
-            prompt, answers, *_ = to_pair(values, self.config.system_prompt)
-            prompt = self._trim(prompt, dataset)
-            labelled = zip(answers, (True, False), strict=True)
-            return [Draft([render_answer(self.tokenizer, prompt, answer)], label) for answer, label in labelled]
-        return super()._drafts(values, dataset)
+        (whole,) = super()._drafts(values, dataset)
+        if len(whole.completions) == 1:
+            return [whole]
+        return [Draft([answer], label) for answer, label in zip(whole.completions, (True, False), strict=True)]
 
     def _finish(self, dataset: GroupDataset) -> None:
         """Give each prompt a completion of another prompt, for the estimate of the divergence."""
