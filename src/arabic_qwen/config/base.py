@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from arabic_qwen.config.data import DataPath
 from arabic_qwen.config.yaml_io import dump_yaml, read_config_file
 from arabic_qwen.errors import ConfigurationError
 
@@ -57,12 +58,28 @@ class BaseConfig(BaseModel):
     model_name: Text = Field(
         "Qwen/Qwen2.5-7B", description="Hub id, local folder, or the output folder of an earlier run"
     )
-    dataset_path: Text = Field("data/training.jsonl", description="Training file (JSON Lines), or sample:sft")
-    eval_dataset_path: Text | None = Field(
-        None, description="Validation file; unset: validation_split of the training file"
+    dataset_path: DataPath = Field(
+        "data/training.jsonl",
+        description="Training data: file, folder, hub id (org/name), sample:sft, or a list of these (docs/data.md)",
+    )
+    eval_dataset_path: DataPath | None = Field(
+        None, description="Validation data, as dataset_path; unset: validation_split of the training data"
     )
     validation_split: float = Field(
         0.1, ge=0, lt=1, description="Share of rows held out for validation, chosen by data_seed"
+    )
+    dataset_split: str = Field("train", description="Split of hub and save_to_disk sets that have several")
+    dataset_config: str | None = Field(None, description="Configuration (subset) of hub sets that have several")
+    column_map: dict[str, str] = Field(
+        {}, description="Our column: yours, as in {instruction: question, response: answer}; others are not read"
+    )
+    max_samples: int | None = Field(
+        None,
+        ge=1,
+        description="Rows used at most, of training and validation data each, chosen by data_seed; null: all",
+    )
+    max_bad_rows: int = Field(
+        0, ge=0, description="Rows that cannot be trained on and may be left out (into bad_rows.jsonl); more: an error"
     )
     output_dir: Text = Field("./checkpoints", description="Where the run is written; unset: ./checkpoints/<method>")
     instruction_template: Literal["alpaca", "chatml", "tokenizer"] = Field(

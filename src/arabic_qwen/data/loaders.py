@@ -2,59 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
+import itertools
 import json
 import logging
 import os
 import random
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import datasets
 import numpy as np
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
-from arabic_qwen.config import BaseConfig
+from arabic_qwen.config.data import data_sources, describe
+from arabic_qwen.data.bad_rows import BAD_ROWS_FILE, BadRow, BadRows
 from arabic_qwen.data.conversations import Message, to_conversation
+from arabic_qwen.data.dataset import Example, GroupDataset, repeat, show_group
 from arabic_qwen.data.packing import Completion, Group
 from arabic_qwen.data.preferences import to_contrast, to_feedback, to_measured_pair, to_pair
-from arabic_qwen.data.readers import Row, raise_problems, read_rows
+from arabic_qwen.data.readers import Row
+from arabic_qwen.data.sources import data_seed, read_rows
 from arabic_qwen.data.templates import Piece, encode_pieces, render_answer, render_pieces, render_prompt
 from arabic_qwen.errors import ConfigurationError, DatasetError
 
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1000  # rows tokenised at a time
-_REMEDY = "correct or remove these rows"
 
-
-@dataclasses.dataclass
-class GroupDataset(Sequence):
-    """Encoded examples and what was done to fit them."""
-
-    groups: list[Group]
-    truncated: int = 0  # answers cut at the longest length
-    tokens_cut: int = 0
-    prompts_trimmed: int = 0  # prompts that lost their beginning at max_prompt_length
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index):
-        return self.groups[index]
-
-    @property
-    def lengths(self) -> list[int]:
-        return [group.num_tokens for group in self.groups]
-
-    def summary(self) -> str:
-        """One line for the log and the model card."""
-        cut = f"{self.truncated} answers cut, {self.tokens_cut:,} tokens lost" if self.truncated else "none cut"
-        if self.prompts_trimmed:
-            cut += f", {self.prompts_trimmed} prompts lost their beginning"
-        return f"{len(self):,} examples, {sum(self.lengths):,} tokens, longest {max(self.lengths):,}, {cut}"
+T = TypeVar("T")
 
 
 class Draft(NamedTuple):
@@ -78,8 +57,9 @@ class DataLoader:
         self.tokenizer = tokenizer
         self._length_key = "max_length" if getattr(config, "max_length", None) else "max_seq_length"
         self.max_tokens: int = getattr(config, self._length_key)
+        self.bad_rows = BadRows()  # those that load() left out
 
-    def _drafts(self, values: dict[str, Any], dataset: GroupDataset) -> list[Draft]:
+    def _drafts(self, values: dict[str, Any], example: Example) -> list[Draft]:
         """The row's groups. Raises ValueError where the row cannot be used."""
         raise NotImplementedError
 
@@ -97,75 +77,112 @@ class DataLoader:
     def load(self) -> dict[str, GroupDataset]:
         """Read, check, encode and split: {"train": …, "validation": …}, without the latter where it has no rows.
 
+        Rows that cannot be trained on go to `bad_rows.jsonl` in the output folder.
+
         Raises:
-            DatasetError: a file cannot be read, or has rows that cannot be trained on (each is named).
+            DatasetError: a file cannot be read, or more than `max_bad_rows` rows cannot be trained on.
         """
-        problems: list[str] = []
-        encoded = {name: self._encode(rows, problems) for name, rows in self.split().items()}
-        raise_problems(problems, _REMEDY)
-        for name, dataset in encoded.items():
+        config = self.config
+        self.bad_rows = BadRows(config.max_bad_rows, Path(config.resolved_output_dir, BAD_ROWS_FILE))
+        train, validation = self._read(config.dataset_path), []
+        if config.eval_dataset_path:
+            validation = self._read(config.eval_dataset_path)
+        self.bad_rows.check()
+        if not config.eval_dataset_path:
+            train, validation = self._hold_out(train, [example.key for example in train])
+        weights = [source.weight for source in data_sources(config.dataset_path)]
+        splits = {"train": GroupDataset.of(repeat(train, weights, data_seed(config)))}
+        if not len(splits["train"]):
+            raise DatasetError(f"{describe(config.dataset_path)}: no rows are left to train on")
+        splits |= {"validation": found} if len(found := GroupDataset.of(validation)) else {}
+        for name, dataset in splits.items():
+            self._finish(dataset)
             logger.info("%s: %s", name, dataset.summary())
             if dataset.truncated:
                 logger.warning("%s: raise %s to keep whole answers", name, self._length_key)
-        return encoded
+        self._report(splits["train"][0])
+        return splits
+
+    def _report(self, first: Group) -> None:
+        if len(self.bad_rows):
+            logger.warning("bad rows: %s", self.bad_rows.summary())
+        logger.info("first training example, what is learned in ⟦ ⟧:\n%s", show_group(self.tokenizer, first))
+
+    def _read(self, dataset_path: Any) -> list[Example]:
+        """Rows are encoded as they are read, and not kept."""
+        examples = self._examples(read_rows(self.config, dataset_path), self.bad_rows)
+        return list(track(examples, "Tokenising", disable=not sys.stderr.isatty(), transient=True))
 
     def split(self) -> dict[str, list[Row]]:
         """The rows of each split as they stand in the files."""
-        rows = read_rows(self.config.dataset_path)
+        train, validation = list(read_rows(self.config, self.config.dataset_path)), []
         if self.config.eval_dataset_path:
-            return {"train": rows, "validation": read_rows(self.config.eval_dataset_path)}
-        train, validation = split_rows(
-            rows, self.config.validation_split, data_seed(self.config), [self._split_key(row) for row in rows]
-        )
-        return {"train": train} | ({"validation": validation} if validation else {})
+            validation = list(read_rows(self.config, self.config.eval_dataset_path))
+        else:
+            train, validation = self._hold_out(train, [self._key(row) for row in train])
+        splits = {"train": train} | ({"validation": validation} if validation else {})
+        return {name: [row for row in rows if isinstance(row, Row)] for name, rows in splits.items()}
+
+    def _hold_out(self, rows: list[T], keys: list[str]) -> tuple[list[T], list[T]]:
+        return split_rows(rows, self.config.validation_split, data_seed(self.config), keys)
+
+    def _key(self, row: Row | BadRow) -> str:
+        return self._split_key(row) if isinstance(row, Row) else row.where
 
     def encode(self, rows: Iterable[Row | Mapping[str, Any]] | str | os.PathLike) -> GroupDataset:
-        """Encode rows, plain dicts (a `datasets.Dataset` too), or a file.
+        """Encode rows, plain dicts (a `datasets.Dataset` too), or what a path or hub id names.
 
         Raises:
-            DatasetError: some rows cannot be trained on (each is named).
+            DatasetError: some rows cannot be trained on.
         """
-        given: Iterable = read_rows(rows) if isinstance(rows, (str, os.PathLike)) else rows
-        numbered = [r if isinstance(r, Row) else Row(f"row {i}", dict(r)) for i, r in enumerate(given)]
-        problems: list[str] = []
-        dataset = self._encode(numbered, problems)
-        raise_problems(problems, _REMEDY)
+        given: Iterable[Any] = read_rows(self.config, rows) if isinstance(rows, (str, os.PathLike)) else rows
+        numbered = (
+            row if isinstance(row, (Row, BadRow)) else Row(f"row {i}", dict(row)) for i, row in enumerate(given)
+        )
+        bad_rows = BadRows()
+        dataset = GroupDataset.of(list(self._examples(numbered, bad_rows)))
+        bad_rows.check()
+        self._finish(dataset)
         return dataset
 
-    def _encode(self, rows: list[Row], problems: list[str]) -> GroupDataset:
-        """Encode what can be encoded; say in `problems` why the rest cannot."""
-        dataset = GroupDataset([])
-        show_bar = len(rows) > _CHUNK and sys.stderr.isatty()
-        for start in track(range(0, len(rows), _CHUNK), "Tokenising", disable=not show_bar, transient=True):
-            places: list[str] = []
+    def _examples(self, rows: Iterable[Row | BadRow], bad_rows: BadRows) -> Iterator[Example]:
+        """Encode what can be encoded; the rest goes to `bad_rows` and comes as examples without groups."""
+        rows = iter(rows)
+        while chunk := list(itertools.islice(rows, _CHUNK)):
+            yield from self._encode(chunk, bad_rows)
+
+    def _encode(self, rows: list[Row | BadRow], bad_rows: BadRows) -> list[Example]:
+        examples = [Example(row.where, self._key(row), getattr(row, "source", 0)) for row in rows]
+        drafted: list[tuple[Row | BadRow, list[Draft]]] = []
+        for row, example in zip(rows, examples, strict=True):
             drafts: list[Draft] = []
-            for where, values in rows[start : start + _CHUNK]:
+            if isinstance(row, Row):
                 try:
-                    new = self._drafts(values, dataset)
+                    drafts = self._drafts(row.values, example)
                 except ValueError as error:
-                    problems.append(f"{where}: {error}")
-                    continue
-                drafts += new
-                places += [where] * len(new)
-            encoded = iter(encode_pieces(self.tokenizer, [c for draft in drafts for c in draft.completions]))
-            for where, draft in zip(places, drafts, strict=True):
-                parts = [next(encoded) for _ in draft.completions]
-                completions = tuple(part.completions[0] for part in parts)
-                group = Group(parts[0].prompt, completions, draft.label, lengths=draft.lengths)
-                problem = self._fit(group, dataset)
-                if problem:
-                    problems.append(f"{where}: {problem}")
-        if not problems:
-            self._finish(dataset)
-        return dataset
+                    row = BadRow(row.where, str(error), row.values)
+            drafted.append((row, drafts))
+        pieces = [completion for _, drafts in drafted for draft in drafts for completion in draft.completions]
+        encoded = iter(encode_pieces(self.tokenizer, pieces))
+        for (row, drafts), example in zip(drafted, examples, strict=True):
+            groups = [_join(draft, [next(encoded) for _ in draft.completions]) for draft in drafts]
+            try:
+                for group in groups:
+                    self._fit(group, example)
+            except ValueError as error:
+                example.groups = []
+                row = BadRow(row.where, str(error), row.values)
+            if isinstance(row, BadRow):
+                bad_rows.add(row)
+        return examples
 
-    def _fit(self, group: Group, dataset: GroupDataset) -> str | None:
-        """Add the group to the dataset, completions cut to the longest length; or say why it cannot be used."""
+    def _fit(self, group: Group, example: Example) -> None:
+        """Add the group to the example, completions cut to the longest length. Raises ValueError where it cannot be."""
         room = self.max_tokens - len(group.prompt)
         kept, lost = [], []
         for ids, targets in group.completions:
             if room <= 0 or not targets[:room].any():
-                return (
+                raise ValueError(
                     f"the prompt has {len(group.prompt)} tokens and leaves no room for an answer in "
                     f"{self._length_key}={self.max_tokens}"
                 )
@@ -173,17 +190,23 @@ class DataLoader:
                 lost.append(len(ids) - room)
             kept.append(Completion(ids[:room], targets[:room]))
         if any(np.array_equal(kept[0].ids, other.ids) for other in kept[1:]):
-            return f"chosen and rejected are the same once they are cut at {self._length_key}={self.max_tokens}"
-        dataset.truncated += len(lost)
-        dataset.tokens_cut += sum(lost)
-        dataset.groups.append(group._replace(completions=tuple(kept)))
-        return None
+            raise ValueError(
+                f"chosen and rejected are the same once they are cut at {self._length_key}={self.max_tokens}"
+            )
+        example.truncated += len(lost)
+        example.tokens_cut += sum(lost)
+        example.groups.append(group._replace(completions=tuple(kept)))
+
+
+def _join(draft: Draft, parts: list[Group]) -> Group:
+    """The draft's completions, which were encoded each with the same prompt, as one group."""
+    return Group(parts[0].prompt, tuple(part.completions[0] for part in parts), draft.label, lengths=draft.lengths)
 
 
 class SFTDataLoader(DataLoader):
     """Conversations; every turn of the assistant is learned."""
 
-    def _drafts(self, values: dict[str, Any], dataset: GroupDataset) -> list[Draft]:
+    def _drafts(self, values: dict[str, Any], example: Example) -> list[Draft]:
         messages = to_conversation(values, self.config.system_prompt)
         return [Draft([pieces]) for pieces in render_pieces(self.tokenizer, messages)]
 
@@ -196,9 +219,9 @@ class _PreferenceDataLoader(DataLoader):
 
     read = staticmethod(to_pair)
 
-    def _drafts(self, values: dict[str, Any], dataset: GroupDataset) -> list[Draft]:
+    def _drafts(self, values: dict[str, Any], example: Example) -> list[Draft]:
         prompt, answers, label, lengths = self.read(values, self.config.system_prompt)
-        prompt = self._trim(prompt, dataset)
+        prompt = self._trim(prompt, example)
         return [Draft([render_answer(self.tokenizer, prompt, answer) for answer in answers], label, lengths)]
 
     def last_user_turn(self, values: dict[str, Any]) -> str:
@@ -207,11 +230,12 @@ class _PreferenceDataLoader(DataLoader):
     def _split_key(self, row: Row) -> str:
         """The prompt: a pair whose prompt is trained on in another pair is not unseen."""
         try:
-            return json.dumps(self.read(row.values)[0])
+            prompt = json.dumps(self.read(row.values)[0])
+            return hashlib.sha256(prompt.encode()).hexdigest()  # not the prompt itself, which may be long
         except ValueError:
             return row.where
 
-    def _trim(self, prompt: list[Message], dataset: GroupDataset) -> list[Message]:
+    def _trim(self, prompt: list[Message], example: Example) -> list[Message]:
         """The prompt within max_prompt_length tokens: its oldest text is cut from the left, turns that get empty go.
 
         The template's own tokens and the system prompt stay.
@@ -232,7 +256,7 @@ class _PreferenceDataLoader(DataLoader):
             prompt = [*system, *turns]
             excess = self._prompt_length(prompt) - limit
         if length > 0:
-            dataset.prompts_trimmed += 1
+            example.prompts_trimmed += 1
         return prompt
 
     def _prompt_length(self, prompt: list[Message]) -> int:
@@ -263,13 +287,13 @@ class KTODataLoader(_PreferenceDataLoader):
 
     read = staticmethod(to_feedback)
 
-    def _drafts(self, values: dict[str, Any], dataset: GroupDataset) -> list[Draft]:
+    def _drafts(self, values: dict[str, Any], example: Example) -> list[Draft]:
         if self.config.unpair_preferences and "chosen" in values:
             prompt, answers, *_ = to_pair(values, self.config.system_prompt)
-            prompt = self._trim(prompt, dataset)
+            prompt = self._trim(prompt, example)
             labelled = zip(answers, (True, False), strict=True)
             return [Draft([render_answer(self.tokenizer, prompt, answer)], label) for answer, label in labelled]
-        return super()._drafts(values, dataset)
+        return super()._drafts(values, example)
 
     def _finish(self, dataset: GroupDataset) -> None:
         """Give each prompt a completion of another prompt, for the estimate of the divergence."""
@@ -282,7 +306,7 @@ class KTODataLoader(_PreferenceDataLoader):
             stranger = next((other for other in others if not np.array_equal(other.prompt, group.prompt)), None)
             if stranger is None:
                 raise DatasetError(
-                    f"{self.config.dataset_path}: KTO compares answers with those to other prompts, so training and "
+                    f"{describe(self.config.dataset_path)}: KTO compares answers with those to other prompts, so training and "
                     "validation rows need at least two different prompts each; add rows or change validation_split"
                 )
             ids, targets = stranger.completions[0]
@@ -290,11 +314,7 @@ class KTODataLoader(_PreferenceDataLoader):
             groups[index] = group._replace(mismatched=Completion(ids[:room], targets[:room]))
 
 
-def data_seed(config: BaseConfig) -> int:
-    return config.seed if config.data_seed is None else config.data_seed
-
-
-def split_rows(rows: list[Row], share: float, seed: int, keys: Sequence[str]) -> tuple[list[Row], list[Row]]:
+def split_rows(rows: list[T], share: float, seed: int, keys: Sequence[str]) -> tuple[list[T], list[T]]:
     """(train, validation) in file order: a seeded choice of `share` of the keys, at least one where share > 0.
 
     Raises:

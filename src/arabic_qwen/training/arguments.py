@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from arabic_qwen.config import BaseConfig
-from arabic_qwen.data.loaders import data_seed
+from arabic_qwen.data.sources import data_seed
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.loading import compute_dtype
 

@@ -350,11 +350,14 @@ class BaseTrainer(GenerationMixin):
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     def _data_summary(self) -> dict[str, str]:
-        """One line on each split."""
-        return {
+        """One line on each split, and on what was left out."""
+        lines = {
             name: split.summary() if isinstance(split, GroupDataset) else f"{len(split):,} examples"
             for name, split in (self.dataset or {}).items()
         }
+        if self.data_loader and len(self.data_loader.bad_rows):
+            lines["bad rows"] = self.data_loader.bad_rows.summary()
+        return lines
 
     def load_model(self, model_path: str) -> None:
         """Load a model or adapter to generate, to evaluate, or to train on.
