@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from arabic_qwen.config.data import DataPath
 from arabic_qwen.config.yaml_io import dump_yaml, read_config_file
@@ -32,6 +32,18 @@ TorchDtype = Annotated[
     Literal["bfloat16", "float16", "float32"],
     BeforeValidator(lambda v: str(v).removeprefix("torch.")),  # torch.bfloat16 itself is accepted too
 ]
+
+
+TEMPLATE_SUFFIXES = (".jinja", ".j2")
+
+
+def _check_template(value: str) -> str:
+    if value not in ("alpaca", "chatml", "tokenizer") and not value.endswith(TEMPLATE_SUFFIXES):
+        raise ValueError("must be alpaca, chatml, tokenizer, or a path that ends in .jinja or .j2")
+    return value
+
+
+Template = Annotated[Text, AfterValidator(_check_template)]
 
 
 class BaseConfig(BaseModel):
@@ -82,8 +94,8 @@ class BaseConfig(BaseModel):
         0, ge=0, description="Rows that cannot be trained on and may be left out (into bad_rows.jsonl); more: an error"
     )
     output_dir: Text = Field("./checkpoints", description="Where the run is written; unset: ./checkpoints/<method>")
-    instruction_template: Literal["alpaca", "chatml", "tokenizer"] = Field(
-        "alpaca", description="Prompt format: alpaca, chatml, or the tokenizer's own chat template"
+    instruction_template: Template = Field(
+        "alpaca", description="Prompt format: alpaca, chatml, tokenizer (its own chat template), or a path *.jinja"
     )
     response_template: str = Field("### Response:\n", description="What precedes the answer in the alpaca template")
     system_prompt: str | None = Field(None, description="System prompt of conversations that have none")

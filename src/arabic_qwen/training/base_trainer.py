@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from arabic_qwen.config import BaseConfig, SFTConfig, load_config
+from arabic_qwen.config.base import TEMPLATE_SUFFIXES
 from arabic_qwen.data.loaders import DataLoader, GroupDataset, SFTDataLoader, to_padded
 from arabic_qwen.data.templates import set_template, stop_token_ids
 from arabic_qwen.errors import ConfigurationError, DatasetError, TrainingError
@@ -103,8 +104,12 @@ class BaseTrainer(GenerationMixin):
         if not loading.is_run_output(model_path):
             return None
         saved = load_config(Path(model_path, loading.RUN_CONFIG))
+        template = saved.instruction_template
+        if template.endswith(TEMPLATE_SUFFIXES):
+            template = "tokenizer"  # which was saved with it; the file may be gone
+        prompt_format = saved.model_copy(update={"instruction_template": template})
         for name in {"instruction_template", "response_template", "system_prompt"} - keep:
-            setattr(self.config, name, getattr(saved, name))
+            setattr(self.config, name, getattr(prompt_format, name))
         return saved
 
     # ---------------------------------------------------------------- the pipeline
