@@ -318,7 +318,7 @@ class TestTruncation:
         with caplog.at_level(logging.INFO):
             dataset = loader(dataset_path=path, max_seq_length=64, validation_split=0).load()["train"]
         assert (
-            f"train: 2 examples, {sum(dataset.lengths):,} tokens, {dataset.learned} of them learned, longest 64, "
+            f"train: 2 examples, {sum(dataset.lengths):,} tokens, {dataset.counts()['learned']} of them learned, longest 64, "
             f"1 answer cut, {dataset.tokens_cut} tokens lost" in caplog.text
         )
         assert "train: raise max_seq_length to keep whole answers" in caplog.text

@@ -225,5 +225,5 @@ def test_rows_of_several_sources_in_turn(tmp_path):
     for name, number in (("a", 4), ("b", 1), ("c", 2)):
         write_as([{"n": f"{name}{i}"} for i in range(number)], tmp_path / f"{name}.json")
     config = SFTConfig()
-    rows = read_rows(config, [str(tmp_path / f"{name}.json") for name in "abc"], interleave=True)
+    rows = read_rows(config, [str(tmp_path / f"{name}.json") for name in "abc"], stream=True)
     assert [row.values["n"] for row in rows] == ["a0", "b0", "c0", "a1", "c1", "a2", "a3"]

@@ -93,6 +93,9 @@ class BaseConfig(BaseModel):
     max_bad_rows: int = Field(
         0, ge=0, description="Rows that cannot be trained on and may be left out (into bad_rows.jsonl); more: an error"
     )
+    streaming: bool = Field(
+        False, description="Read training rows as training goes on, for data larger than memory; needs max_steps"
+    )
     output_dir: Text = Field("./checkpoints", description="Where the run is written; unset: ./checkpoints/<method>")
     instruction_template: Template = Field(
         "alpaca", description="Prompt format: alpaca, chatml, tokenizer (its own chat template), or a path *.jinja"
@@ -197,6 +200,11 @@ class BaseConfig(BaseModel):
             raise ValueError("load_in_4bit and load_in_8bit are both true; set one of them to false")
         if (self.load_in_4bit or self.load_in_8bit) and not self.use_lora:
             raise ValueError("a quantised model can only be trained with adapters; set use_lora to true")
+        if self.streaming and self.max_steps is None:
+            raise ValueError("streaming does not know how many rows there are; set max_steps")
+        for name in ("max_samples", "precompute_reference"):
+            if self.streaming and getattr(self, name, None):
+                raise ValueError(f"{name} needs all rows at once; unset it, or set streaming to false")
         return self
 
     @classmethod

@@ -57,28 +57,37 @@ class GroupDataset(Sequence):
     def lengths(self) -> list[int]:
         return [group.num_tokens for group in self.groups]
 
-    @property
-    def learned(self) -> int:
-        """Tokens that the loss is taken on."""
-        return sum(int(c.targets.sum()) for group in self.groups for c in group.completions)
+    def counts(self) -> dict[str, int]:
+        """Examples and tokens, and what was done to fit them."""
+        return {
+            "rows": self.rows,
+            "examples": len(self),
+            "tokens": sum(self.lengths),
+            "learned": sum(int(c.targets.sum()) for group in self.groups for c in group.completions),
+            "longest": max(self.lengths, default=0),
+            "truncated": self.truncated,
+            "tokens_cut": self.tokens_cut,
+            "prompts_trimmed": self.prompts_trimmed,
+        }
 
     def summary(self) -> str:
         """One line for the log and the model card."""
-        return summary(self, len(self), sum(self.lengths), self.learned, max(self.lengths, default=0))
+        return describe_counts(self.counts())
 
 
-def summary(counted, examples: int, tokens: int, learned: int, longest: int) -> str:
-    """Rows and tokens, and what was cut; `counted` has the counters of a :class:`GroupDataset`."""
-    text = count(examples, "example")
-    if counted.rows != examples:
-        text += f" of {count(counted.rows, 'row')}"
-    text += f", {count(tokens, 'token')}, {learned:,} of them learned, longest {longest:,}, "
-    if counted.truncated:
-        text += f"{count(counted.truncated, 'answer')} cut, {count(counted.tokens_cut, 'token')} lost"
+def describe_counts(counts: dict[str, int]) -> str:
+    text = count(counts["examples"], "example")
+    if counts["rows"] != counts["examples"]:
+        text += f" of {count(counts['rows'], 'row')}"
+    text += (
+        f", {count(counts['tokens'], 'token')}, {counts['learned']:,} of them learned, longest {counts['longest']:,}, "
+    )
+    if counts["truncated"]:
+        text += f"{count(counts['truncated'], 'answer')} cut, {count(counts['tokens_cut'], 'token')} lost"
     else:
         text += "none cut"
-    if counted.prompts_trimmed:
-        text += f", {count(counted.prompts_trimmed, 'prompt')} lost their beginning"
+    if counts["prompts_trimmed"]:
+        text += f", {count(counts['prompts_trimmed'], 'prompt')} lost their beginning"
     return text
 
 

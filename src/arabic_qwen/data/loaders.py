@@ -24,8 +24,9 @@ from arabic_qwen.data.conversations import Message, to_conversation
 from arabic_qwen.data.dataset import Example, GroupDataset, repeat, show_group
 from arabic_qwen.data.packing import Completion, Group
 from arabic_qwen.data.preferences import to_contrast, to_feedback, to_measured_pair, to_pair
-from arabic_qwen.data.readers import Row
+from arabic_qwen.data.readers import Row, Rows
 from arabic_qwen.data.sources import data_seed, read_rows
+from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.data.templates import Piece, encode_pieces, render_answer, render_pieces, render_prompt
 from arabic_qwen.errors import ConfigurationError, DatasetError
 
@@ -58,6 +59,7 @@ class DataLoader:
         self._length_key = "max_length" if getattr(config, "max_length", None) else "max_seq_length"
         self.max_tokens: int = getattr(config, self._length_key)
         self.bad_rows = BadRows()  # those that load() left out
+        self._reported = False
 
     def _drafts(self, values: dict[str, Any], example: Example) -> list[Draft]:
         """The row's groups. Raises ValueError where the row cannot be used."""
@@ -74,39 +76,64 @@ class DataLoader:
     def _finish(self, dataset: GroupDataset) -> None:
         """What needs the whole split."""
 
-    def load(self) -> dict[str, GroupDataset]:
+    def load(self) -> dict[str, Any]:
         """Read, check, encode and split: {"train": …, "validation": …}, without the latter where it has no rows.
 
-        Rows that cannot be trained on go to `bad_rows.jsonl` in the output folder.
+        Each is a :class:`GroupDataset`; when streaming, "train" is a :class:`GroupStream`, which nothing is held out
+        of. Rows that cannot be trained on go to `bad_rows.jsonl` in the output folder.
 
         Raises:
             DatasetError: a file cannot be read, or more than `max_bad_rows` rows cannot be trained on.
         """
         config = self.config
-        self.bad_rows = BadRows(config.max_bad_rows, Path(config.resolved_output_dir, BAD_ROWS_FILE))
-        train, validation = self._read(config.dataset_path), []
-        if config.eval_dataset_path:
-            validation = self._read(config.eval_dataset_path)
+        folder = Path(config.resolved_output_dir)
+        goes_on = config.streaming and any(folder.glob("checkpoint-*"))  # with rows after those that were checked
+        self.bad_rows = BadRows(config.max_bad_rows, folder / BAD_ROWS_FILE, resume=goes_on)
+        train = [] if config.streaming else self._read(config.dataset_path)
+        validation = self._read(config.eval_dataset_path) if config.eval_dataset_path else []
         self.bad_rows.check()
-        if not config.eval_dataset_path:
+        if not config.eval_dataset_path and not config.streaming:
             train, validation = self._hold_out(train, [example.key for example in train])
-        weights = [source.weight for source in data_sources(config.dataset_path)]
-        splits = {"train": GroupDataset.of(repeat(train, weights, data_seed(config)))}
-        if not len(splits["train"]):
-            raise DatasetError(f"{describe(config.dataset_path)}: no rows are left to train on")
-        splits |= {"validation": found} if len(found := GroupDataset.of(validation)) else {}
-        for name, dataset in splits.items():
-            self._finish(dataset)
-            logger.info("%s: %s", name, dataset.summary())
-            if dataset.truncated:
-                logger.warning("%s: raise %s to keep whole answers", name, self._length_key)
-        self._report(splits["train"][0])
-        return splits
-
-    def _report(self, first: Group) -> None:
+        splits: dict[str, Any] = {"train": GroupStream(self._stream_rows, self._encode_window)}
+        if not config.streaming:
+            splits["train"] = self._train_set(train)
+            if not len(splits["train"]):
+                raise DatasetError(f"{describe(config.dataset_path)}: no rows are left to train on")
+            self._report("train", splits["train"])
+        if len(held_out := GroupDataset.of(validation)):
+            self._finish(held_out)
+            splits["validation"] = held_out
+            self._report("validation", held_out)
         if len(self.bad_rows):
             logger.warning("bad rows: %s", self.bad_rows.summary())
-        logger.info("first training example, what is learned in ⟦ ⟧:\n%s", show_group(self.tokenizer, first))
+        return splits
+
+    def _train_set(self, examples: list[Example]) -> GroupDataset:
+        weights = [source.weight for source in data_sources(self.config.dataset_path)]
+        dataset = GroupDataset.of(repeat(examples, weights, data_seed(self.config)))
+        if len(dataset):
+            self._finish(dataset)
+        return dataset
+
+    def _stream_rows(self) -> Rows:
+        return read_rows(self.config, self.config.dataset_path, stream=True)
+
+    def _encode_window(self, rows: list[Row | BadRow]) -> GroupDataset:
+        examples = list(self._examples(rows, self.bad_rows))
+        self.bad_rows.check()
+        dataset = self._train_set(examples)
+        if not self._reported and len(dataset):
+            self._report("train, the first rows", dataset)
+        return dataset
+
+    def _report(self, name: str, dataset: GroupDataset) -> None:
+        logger.info("%s: %s", name, dataset.summary())
+        if dataset.truncated:
+            logger.warning("%s: raise %s to keep whole answers", name, self._length_key)
+        if not self._reported:
+            shown = show_group(self.tokenizer, dataset[0])
+            logger.info("first training example, what is learned in ⟦ ⟧:\n%s", shown)
+            self._reported = True
 
     def _read(self, dataset_path: Any) -> list[Example]:
         """Rows are encoded as they are read, and not kept."""
@@ -114,11 +141,14 @@ class DataLoader:
         return list(track(examples, "Tokenising", disable=not sys.stderr.isatty(), transient=True))
 
     def split(self) -> dict[str, list[Row]]:
-        """The rows of each split as they stand in the files."""
-        train, validation = list(read_rows(self.config, self.config.dataset_path)), []
+        """The rows of each split as they stand in the files; when streaming, of the validation data only."""
+        train: list[Row | BadRow] = []
+        if not self.config.streaming:
+            train = list(read_rows(self.config, self.config.dataset_path))
+        validation: list[Row | BadRow] = []
         if self.config.eval_dataset_path:
             validation = list(read_rows(self.config, self.config.eval_dataset_path))
-        else:
+        elif train:
             train, validation = self._hold_out(train, [self._key(row) for row in train])
         splits = {"train": train} | ({"validation": validation} if validation else {})
         return {name: [row for row in rows if isinstance(row, Row)] for name, rows in splits.items()}

@@ -33,20 +33,20 @@ _TEXTS_OR_MESSAGES = ("prompt", "completion", "chosen", "rejected")
 _SCALARS = ("label", "chosen_length", "rejected_length")
 
 
-def read_rows(config: BaseConfig, dataset_path: Any, *, interleave: bool = False) -> Rows:
+def read_rows(config: BaseConfig, dataset_path: Any, *, stream: bool = False) -> Rows:
     """The rows of `dataset_path` (or of another value of its kind) in order, at most `max_samples`, columns mapped.
 
     Args:
         config: dataset_split, dataset_config, column_map, max_samples and the seed of their choice.
         dataset_path: as the setting.
-        interleave: take one row of each source in turn, and do not download hub sets first.
+        stream: take one row of each source in turn, and do not download hub sets first.
 
     Raises:
         DatasetError: a source does not exist or cannot be read, or holds no rows.
     """
     sources = [_resolve(config, source) for source in data_sources(dataset_path)]
-    parts = [_read_source(number, source, interleave) for number, source in enumerate(sources)]
-    rows = _in_turn(parts) if interleave else itertools.chain.from_iterable(parts)
+    parts = [_read_source(number, source, stream) for number, source in enumerate(sources)]
+    rows = _in_turn(parts) if stream else itertools.chain.from_iterable(parts)
     return rows if config.max_samples is None else _choose(rows, config.max_samples, data_seed(config))
 
 
