@@ -74,9 +74,26 @@ def test_a_row_that_is_met_again_counts_once(tmp_path):
     rows = filled(2, 2, tmp_path / "bad.jsonl")
     rows.add(BadRow("a.jsonl:1", "other", {}))
     assert len(rows) == 2
-    resumed = filled(3, 3, tmp_path / "bad.jsonl", resume=True)
-    assert len(resumed) == 3
-    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 2
+
+
+def test_restore(tmp_path):
+    """A run stopped after row 4; its checkpoint is from after row 2, and row 1 is met again before it is restored."""
+    filled(4, 9, tmp_path / "bad.jsonl")
+    rows = filled(1, 9, tmp_path / "bad.jsonl", append=True)
+    rows.restore(["a.jsonl:2"])
+    rows.add(BadRow("a.jsonl:2", "reason 2", {}))
+    rows.add(BadRow("a.jsonl:4", "reason 4", {}))
+    assert sorted(rows.places) == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:4"]
+    entries = [json.loads(line)["where"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert entries == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:4"]
+
+
+def test_restore_without_the_file(tmp_path):
+    rows = BadRows(9, tmp_path / "bad.jsonl", append=True)
+    rows.restore(["a.jsonl:2"])
+    assert rows.places == ["a.jsonl:2"]
+    assert not (tmp_path / "bad.jsonl").exists()
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):

@@ -1,9 +1,10 @@
 import itertools
+from pathlib import Path
 
 import pytest
 
 from arabic_qwen.data import stream
-from arabic_qwen.data.bad_rows import BadRow
+from arabic_qwen.data.bad_rows import BadRow, BadRows
 from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.data.readers import Row
 from arabic_qwen.data.stream import GroupStream
@@ -24,7 +25,15 @@ class Numbers(GroupDataset):
 
 def numbers(count: int) -> GroupStream:
     rows = [Row(f"f:{i}", {"n": i}) if i % 5 != 3 else BadRow(f"f:{i}", "bad", None) for i in range(count)]
-    return GroupStream(lambda: iter(rows), lambda some: Numbers([r.values["n"] for r in some if isinstance(r, Row)]))
+    bad_rows = BadRows(9, Path("unused"))
+
+    def encode(some):
+        for row in some:
+            if isinstance(row, BadRow):
+                bad_rows._reasons[row.where] = row.reason
+        return Numbers([row.values["n"] for row in some if isinstance(row, Row)])
+
+    return GroupStream(lambda: iter(rows), encode, bad_rows)
 
 
 def test_windows_over_and_over():
@@ -32,6 +41,7 @@ def test_windows_over_and_over():
     assert [window.groups for _, window in found] == [[0, 1, 2], [4, 5, 6, 7], [9], [0, 1, 2], [4, 5, 6, 7]]
     assert [(place["pass"], place["window"]) for place, _ in found] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     assert [place["counts"] for place, _ in found[:3]] == [{}, {"rows": 3, "longest": 2}, {"rows": 7, "longest": 7}]
+    assert [place["bad_rows"] for place, _ in found[:4]] == [[], ["f:3"], ["f:3"], ["f:3", "f:8"]]
 
 
 @pytest.mark.parametrize("start", range(8))
@@ -50,7 +60,7 @@ def test_rows_are_read_as_they_are_needed():
             read.append(i)
             yield Row(f"f:{i}", {})
 
-    windows = GroupStream(rows, lambda some: Numbers([1] * len(some))).windows({})
+    windows = GroupStream(rows, lambda some: Numbers([1] * len(some)), BadRows()).windows({})
     next(windows), next(windows)
     assert len(read) == 8
 
@@ -58,4 +68,4 @@ def test_rows_are_read_as_they_are_needed():
 @pytest.mark.parametrize("rows", [[], [BadRow("f:1", "bad", None)]])
 def test_nothing_to_train_on(rows):
     with pytest.raises(DatasetError, match="no rows are left to train on"):
-        next(GroupStream(lambda: iter(rows), lambda some: Numbers([])).windows({}))
+        next(GroupStream(lambda: iter(rows), lambda some: Numbers([]), BadRows()).windows({}))

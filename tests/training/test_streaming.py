@@ -93,6 +93,23 @@ class TestBadRows:
             BaseTrainer(config).train()
         assert (tmp_path / "run" / "checkpoint-2").is_dir()  # the first window was trained on
         assert len((tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()) == 2
+        data.write_text(
+            data.read_text().replace('{"instruction": "س7", "response": ""}', '{"instruction": "س", "response": "ج"}')
+        )
+        trainer = BaseTrainer(config)
+        trainer.train()  # with the row corrected, it goes on
+        assert trainer.trainer._initial_global_step == 2
+        assert len((tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()) == 1
+
+    def test_it_goes_on_when_more_are_allowed(self, model_dir, data, tmp_path, monkeypatch):
+        monkeypatch.setattr(stream, "WINDOW", 5)
+        config = streamed(model_dir, data, tmp_path / "run", max_bad_rows=1, eval_dataset_path=None)
+        with pytest.raises(DatasetError):
+            BaseTrainer(config).train()
+        trainer = BaseTrainer(config.model_copy(update={"max_bad_rows": 2}))
+        trainer.train()
+        assert trainer.trainer._initial_global_step == 2
+        assert trainer.data_loader.bad_rows.places == [f"{data}:3", f"{data}:8"]
 
     def test_each_counts_once_over_passes_and_resumes(self, model_dir, data, tmp_path, monkeypatch):
         monkeypatch.setattr(stream, "WINDOW", 5)

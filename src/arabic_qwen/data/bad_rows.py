@@ -28,23 +28,39 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate launch
+
+
 class BadRows:
     """Collects bad rows in file order; one that is met again counts once.
 
     Args:
         limit: how many may be left out.
         file: where they are written, as they come; None: nowhere.
-        resume: whether `file` is gone on with.
+        append: `file` is an earlier run's, which :meth:`restore` will go on with.
     """
 
-    def __init__(self, limit: int = 0, file: Path | None = None, resume: bool = False):
+    def __init__(self, limit: int = 0, file: Path | None = None, append: bool = False):
         self.limit = limit
         self.file = file
+        self._append = append
         self._reasons: dict[str, str] = {}  # by place
-        if resume and file and file.is_file():
-            for line in file.read_text(encoding="utf-8").splitlines():
-                entry = json.loads(line)
-                self._reasons[entry["where"]] = entry["reason"]
+
+    @property
+    def places(self) -> list[str]:
+        return list(self._reasons)
+
+    def restore(self, places: list[str]) -> None:
+        """Count these as well, and take everything else that an earlier run found out of the file."""
+        assert self.file
+        is_mine = self.file.is_file() and _is_first_process()
+        lines = self.file.read_text(encoding="utf-8").splitlines() if is_mine else []
+        kept = {entry["where"]: (entry, line) for line in lines for entry in [json.loads(line)]}
+        kept = {place: found for place, found in kept.items() if place in {*places, *self._reasons}}
+        self._reasons = dict.fromkeys(places, "") | {place: entry["reason"] for place, (entry, _) in kept.items()}
+        if is_mine:
+            self.file.write_text("".join(line + "\n" for _, line in kept.values()), encoding="utf-8")
 
     def __len__(self) -> int:
         return len(self._reasons)
@@ -52,10 +68,12 @@ class BadRows:
     def add(self, bad: BadRow) -> None:
         if bad.where in self._reasons:
             return
-        if self.file and os.environ.get("RANK", "0") == "0":
+        if self.file and _is_first_process():
             self.file.parent.mkdir(parents=True, exist_ok=True)
             # JSON's own escapes for halves of surrogate pairs, which UTF-8 lacks
-            with self.file.open("a" if self._reasons else "w", encoding="utf-8", errors="backslashreplace") as out:
+            with self.file.open(
+                "a" if self._reasons or self._append else "w", encoding="utf-8", errors="backslashreplace"
+            ) as out:
                 out.write(json.dumps(bad._asdict(), ensure_ascii=False, default=str) + "\n")
         self._reasons[bad.where] = bad.reason
 

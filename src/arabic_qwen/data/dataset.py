@@ -19,7 +19,6 @@ _SHOWN_LETTERS = 400  # of each stretch of the example that is shown
 class Example:
     """One row as groups, none where it cannot be used."""
 
-    where: str
     key: str  # rows with the same key are held out together
     source: int = 0  # which entry of dataset_path
     groups: list[Group] = dataclasses.field(default_factory=list)

@@ -87,14 +87,14 @@ class DataLoader:
         """
         config = self.config
         folder = Path(config.resolved_output_dir)
-        goes_on = config.streaming and any(folder.glob("checkpoint-*"))  # with rows after those that were checked
-        self.bad_rows = BadRows(config.max_bad_rows, folder / BAD_ROWS_FILE, resume=goes_on)
+        goes_on = config.streaming and any(folder.glob("checkpoint-*"))
+        self.bad_rows = BadRows(config.max_bad_rows, folder / BAD_ROWS_FILE, append=goes_on)
         train = [] if config.streaming else self._read(config.dataset_path)
         validation = self._read(config.eval_dataset_path) if config.eval_dataset_path else []
         self.bad_rows.check()
         if not config.eval_dataset_path and not config.streaming:
             train, validation = self._hold_out(train, [example.key for example in train])
-        splits: dict[str, Any] = {"train": GroupStream(self._stream_rows, self._encode_window)}
+        splits: dict[str, Any] = {"train": GroupStream(self._stream_rows, self._encode_window, self.bad_rows)}
         if not config.streaming:
             splits["train"] = self._train_set(train)
             if not len(splits["train"]):
@@ -182,7 +182,7 @@ class DataLoader:
             yield from self._encode(chunk, bad_rows)
 
     def _encode(self, rows: list[Row | BadRow], bad_rows: BadRows) -> list[Example]:
-        examples = [Example(row.where, self._key(row), getattr(row, "source", 0)) for row in rows]
+        examples = [Example(self._key(row), getattr(row, "source", 0)) for row in rows]
         drafted: list[tuple[Row | BadRow, list[Draft]]] = []
         for row, example in zip(rows, examples, strict=True):
             drafts: list[Draft] = []

@@ -166,9 +166,10 @@ def _parse_csv(path: Path, lines: Iterable[str]) -> Rows:
             cells = next(reader)
         except StopIteration:
             return
-        except csv.Error as error:
-            yield BadRow(where, f"not valid CSV ({error}); a quote within a quoted cell is written twice", None)
-            continue
+        except csv.Error as error:  # where the next row begins is anyone's guess
+            raise DatasetError(
+                f"{where}: not valid CSV ({error}); close every quoted cell, and write quotes in it twice"
+            ) from None
         if not cells:
             continue  # a blank line
         if header is None:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from arabic_qwen.data.bad_rows import BadRow
+from arabic_qwen.data.bad_rows import BadRow, BadRows
 from arabic_qwen.data.dataset import GroupDataset, describe_counts
 from arabic_qwen.data.readers import Row, Rows
 from arabic_qwen.errors import DatasetError
@@ -21,22 +21,28 @@ class GroupStream:
     Args:
         read: opens the rows from their beginning.
         encode: checks and encodes a window of rows.
+        bad_rows: where it puts the rows that cannot be used.
     """
 
-    def __init__(self, read: Callable[[], Rows], encode: Callable[[list[Row | BadRow]], GroupDataset]):
+    def __init__(
+        self, read: Callable[[], Rows], encode: Callable[[list[Row | BadRow]], GroupDataset], bad_rows: BadRows
+    ):
         self._read = read
         self._encode = encode
+        self._bad_rows = bad_rows
         self.counts: dict[str, int] = {}
 
     def windows(self, start: dict[str, Any]) -> Iterator[tuple[dict[str, Any], GroupDataset]]:
         """(place, window) from `start` on, a place or {}.
 
-        A place is what JSON can hold: `pass` and `window` count from 0, `counts` are of all windows before.
+        A place is what JSON can hold: `pass` and `window` count from 0, `counts` and `bad_rows` are of all windows before.
 
         Raises:
             DatasetError: the rows cannot be read or encoded, or there are none to train on.
         """
         self.counts = dict(start.get("counts", {}))
+        if start:
+            self._bad_rows.restore(start["bad_rows"])
         first = start.get("window", 0)
         for number in itertools.count(start.get("pass", 0)):
             empty = first == 0
@@ -45,10 +51,11 @@ class GroupStream:
                 chunk = list(itertools.islice(rows, WINDOW))
                 if not chunk:
                     break
+                place = {"pass": number, "window": window, "counts": dict(self.counts)}
+                place["bad_rows"] = self._bad_rows.places
                 dataset = self._encode(chunk)
                 if len(dataset):
                     empty = False
-                    place = {"pass": number, "window": window, "counts": dict(self.counts)}
                     for name, count in dataset.counts().items():
                         before = self.counts.get(name, 0)
                         self.counts[name] = max(before, count) if name == "longest" else before + count

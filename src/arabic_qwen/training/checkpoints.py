@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 SUMMARY = "run_summary.json"  # written last: a folder that has it holds a finished run
 
 # May differ when a run goes on: they do not change what is learned.
-_HARMLESS = {"overwrite_output_dir", "report_to", "run_name", "logging_steps", "output_dir"}
+_HARMLESS = {"overwrite_output_dir", "report_to", "run_name", "logging_steps", "output_dir", "max_bad_rows"}
 
 
 def open_run(config: BaseConfig) -> Path:
