@@ -16,7 +16,7 @@ import sacrebleu
 
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.conversations import to_conversation
-from arabic_qwen.data.readers import read_rows
+from arabic_qwen.data.sources import read_rows
 from arabic_qwen.training.sft_trainer import SFTTrainer
 
 
@@ -37,12 +37,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
 
+    rows = sum(1 for _ in read_rows(SFTConfig(), args.data))
+
     def stage(number: int, model: str) -> SFTTrainer:
         config = SFTConfig(
             model_name=model,
             dataset_path=args.data,
             output_dir=f"{args.output_dir}/stage{number}",
-            validation_split=args.held_out / len(read_rows(args.data)),
+            validation_split=args.held_out / rows,
             instruction_template="tokenizer",
             lora_target_modules="all-linear",
             packing=False,

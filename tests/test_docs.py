@@ -33,6 +33,14 @@ def workplace(tmp_path, monkeypatch):
         rows = (ASSETS / f"{sample}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:24]
         for name in names:
             (tmp_path / "data" / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    (tmp_path / "data" / "questions.csv").write_text(
+        "question,answer\n" + "ما عاصمة مصر؟,القاهرة\n" * 12, encoding="utf-8"
+    )
+    good, bad = {"instruction": "س", "response": "ج"}, {"instruction": "س", "response": ""}
+    lines = [json.dumps(row) + "\n" for row in [*[good] * 12, bad]]
+    (tmp_path / "data" / "with_bad_rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    template = re.search(r"^```\n(\{%.*?)^```", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.M | re.S)
+    (tmp_path / "data" / "my_format.jinja").write_text(template[1], encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     return tmp_path

@@ -39,5 +39,7 @@ def test_templates(template):
 
 
 def test_unknown_template_lists_those_that_exist():
-    with pytest.raises(ConfigurationError, match="'alpaca', 'chatml' or 'tokenizer', got 'vicuna'"):
+    with pytest.raises(
+        ConfigurationError, match=r"alpaca, chatml, tokenizer, or a path that ends in \.jinja or \.j2, got 'vicuna'"
+    ):
         SFTConfig(instruction_template="vicuna")

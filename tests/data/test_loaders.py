@@ -10,19 +10,23 @@ from hypothesis import strategies as st
 
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data import loaders
-from arabic_qwen.data.loaders import GroupDataset, SFTDataLoader, data_seed, split_rows, to_padded
-from arabic_qwen.data.readers import Row, read_rows
+from arabic_qwen.data.dataset import GroupDataset
+from arabic_qwen.data.loaders import SFTDataLoader, split_rows, to_padded
+from arabic_qwen.data.readers import Row, read_file
+from arabic_qwen.data.sources import data_seed
 from arabic_qwen.data.templates import set_template
 from arabic_qwen.errors import ConfigurationError, DatasetError
 
 
 @pytest.fixture
-def loader(tokenizer, sft_file):
+def loader(tokenizer, sft_file, tmp_path):
     """Configuration values -> a loader of `sft_file` with the ChatML template."""
     set_template(tokenizer, "chatml", "")
 
     def build(**values) -> SFTDataLoader:
-        return SFTDataLoader(SFTConfig(**({"dataset_path": sft_file} | values)), tokenizer)
+        return SFTDataLoader(
+            SFTConfig(**({"dataset_path": sft_file, "output_dir": tmp_path / "run"} | values)), tokenizer
+        )
 
     return build
 
@@ -116,7 +120,7 @@ class TestEncode:
     def test_sources_of_rows_are_equal(self, loader, sft_file):
         some = loader()
         from_path = texts(some, some.encode(sft_file))
-        rows = read_rows(sft_file)
+        rows = list(read_file(sft_file))
         assert len(from_path) == 12
         assert texts(some, some.encode(str(sft_file))) == from_path
         assert texts(some, some.encode(rows)) == from_path
@@ -177,7 +181,7 @@ class TestBadRows:
         assert re.search(
             rf"{path}:6: the prompt has \d+ tokens and leaves no room for an answer in max_seq_length=64", message
         )
-        assert message.endswith("4 bad rows; correct or remove these rows")
+        assert "\n4 bad rows; correct or remove them, or raise max_bad_rows (now 0)" in message
 
     def test_chunks_do_not_shift_places(self, loader, write, monkeypatch):
         monkeypatch.setattr(loaders, "_CHUNK", 2)
@@ -194,6 +198,95 @@ class TestBadRows:
         path = write([row(), {}], "validation.jsonl")
         with pytest.raises(DatasetError, match=r"validation\.jsonl:2: has the columns \(none\)"):
             loader(eval_dataset_path=path).load()
+
+
+class TestBadRowsThatMayBeLeftOut:
+    def test_they_are_left_out_counted_and_kept(self, loader, write, caplog, tmp_path):
+        path = write([row(), row("", "x"), row("س", "ج"), {"a": 1}])
+        some = loader(dataset_path=path, max_bad_rows=2, validation_split=0)
+        with caplog.at_level(logging.INFO):
+            splits = some.load()
+        assert splits["train"].rows == 2
+        assert "bad rows: 2 left out, listed in bad_rows.jsonl" in caplog.text
+        entries = [json.loads(line) for line in (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()]
+        assert [entry["where"] for entry in entries] == [f"{path}:2", f"{path}:4"]
+        assert entries[1]["row"] == {"a": 1}
+
+    def test_one_more_than_allowed(self, loader, write, tmp_path):
+        some = loader(dataset_path=write([row(), row("", "x"), {"a": 1}]), max_bad_rows=1, validation_split=0)
+        with pytest.raises(DatasetError, match=r"2 bad rows; .* raise max_bad_rows \(now 1\)"):
+            some.load()
+        assert len((tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()) == 2
+
+    def test_training_and_validation_rows_in_file_order(self, loader, write):
+        lines = [row("س", ""), "broken", row(), row("س", "<|im_end|>")] * 5
+        path = write(lines)
+        with pytest.raises(DatasetError) as error:
+            loader(dataset_path=path, validation_split=0.5).load()
+        places = [int(line.split(":")[1]) for line in str(error.value).splitlines()[:10]]
+        assert places == [1, 2, 4, 5, 6, 8, 9, 10, 12, 13]
+
+    def test_the_split_does_not_depend_on_them(self, loader, write):
+        """So that `compare`, which reads rows only, finds the rows that were held out."""
+        path = write([row(), row("", "x"), "broken", *(row(f"س{i}", "ج") for i in range(20))])
+        some = loader(dataset_path=path, max_bad_rows=5, validation_split=0.4)
+        held_out = some.encode([r for r in some.split()["validation"] if r.values["instruction"]])
+        assert texts(some, some.load()["validation"]) == texts(some, held_out)
+
+    def test_nothing_left(self, loader, write):
+        with pytest.raises(DatasetError, match=r"rows\.jsonl: no rows are left to train on"):
+            loader(dataset_path=write([{}, {}]), max_bad_rows=2, validation_split=0).load()
+
+
+class TestWeights:
+    def test_fractions_and_copies_of_training_rows_only(self, loader, write):
+        half = write([row(f"نصف{i}") for i in range(20)], "half.jsonl")
+        twice = write([row(f"ضعف{i}") for i in range(20)], "twice.jsonl")
+        sources = [{"path": str(half), "weight": 0.5}, {"path": str(twice), "weight": 2.25}]
+        some = loader(dataset_path=sources, validation_split=0.5)
+        splits = some.load()
+        train, validation = texts(some, splits["train"]), texts(some, splits["validation"])
+        plain = loader(dataset_path=[half, twice], validation_split=0.5).load()
+        assert validation == texts(some, plain["validation"])
+        halves = [text for text in texts(some, plain["train"]) if "نصف" in text]
+        twos = [text for text in texts(some, plain["train"]) if "ضعف" in text]
+        assert not set(train) & set(validation)
+        assert sum("نصف" in text for text in train) == round(len(halves) / 2)
+        assert {train.count(text) for text in twos} == {2, 3}
+        assert sum("ضعف" in text for text in train) == 2 * len(twos) + round(len(twos) / 4)
+        assert texts(some, loader(dataset_path=sources, validation_split=0.5).load()["train"]) == train
+        assert texts(some, loader(dataset_path=sources, validation_split=0.5, data_seed=3).load()["train"]) != train
+
+    def test_counts_are_of_what_is_trained_on(self, loader, write):
+        path = write([row("سؤال", "كلمة " * 100)])
+        some = loader(dataset_path=[{"path": path, "weight": 3}], validation_split=0, max_seq_length=64)
+        dataset = some.load()["train"]
+        assert (len(dataset), dataset.rows, dataset.truncated) == (3, 3, 3)
+
+
+class TestMaxSamples:
+    def test_a_seeded_choice_in_file_order(self, loader, sft_file):
+        whole = texts(loader(), loader().encode(sft_file))
+        some = texts(loader(), loader(max_samples=5, validation_split=0).load()["train"])
+        assert len(some) == 5
+        assert some == [text for text in whole if text in some] != whole[:5]
+        assert some != texts(loader(), loader(max_samples=5, validation_split=0, data_seed=1).load()["train"])
+
+    def test_of_training_and_validation_each(self, loader, sft_file):
+        splits = loader(max_samples=3, eval_dataset_path=sft_file).load()
+        assert {name: len(split) for name, split in splits.items()} == {"train": 3, "validation": 3}
+
+    def test_more_than_there_are(self, loader):
+        assert len(loader(max_samples=99, validation_split=0).load()["train"]) == 12
+
+
+def test_the_first_example_is_shown_with_what_is_learned(loader, caplog):
+    with caplog.at_level(logging.INFO):
+        loader(validation_split=0).load()
+    assert (
+        "<|im_start|>user\nما عاصمة الأردن؟<|im_end|>\n<|im_start|>assistant\n⟦عاصمة الأردن هي عمّان.<|im_end|>⟧"
+        in caplog.text
+    )
 
 
 class TestTruncation:
@@ -225,8 +318,8 @@ class TestTruncation:
         with caplog.at_level(logging.INFO):
             dataset = loader(dataset_path=path, max_seq_length=64, validation_split=0).load()["train"]
         assert (
-            f"train: 2 examples, {sum(dataset.lengths):,} tokens, longest 64, 1 answers cut, {dataset.tokens_cut} tokens lost"
-            in (caplog.text)
+            f"train: 2 examples, {sum(dataset.lengths):,} tokens, {dataset.counts()['learned']} of them learned, longest 64, "
+            f"1 answer cut, {dataset.tokens_cut} tokens lost" in caplog.text
         )
         assert "train: raise max_seq_length to keep whole answers" in caplog.text
 

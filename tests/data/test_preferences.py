@@ -262,11 +262,12 @@ class TestFeedback:
 
 
 @pytest.fixture
-def loader(tokenizer):
+def loader(tokenizer, tmp_path):
     """Method, configuration values -> its loader with the ChatML template."""
     set_template(tokenizer, "chatml", "")
 
     def build(method: str = "dpo", **values):
+        values = {"output_dir": tmp_path / "run"} | values
         return METHODS[method].data_loader(CONFIGS[method](**values), tokenizer)
 
     return build
@@ -356,7 +357,8 @@ class TestLoaders:
             f"{some.config.dataset_path}:2: chosen: is empty",
             f"{some.config.dataset_path}:3: chosen and rejected are the same",
             f"{some.config.dataset_path}:4: rejected: only CPO learns from several rejected answers; give one, or use method cpo",
-            "3 bad rows; correct or remove these rows",
+            "3 bad rows; correct or remove them, or raise max_bad_rows (now 0) to leave them out; "
+            f"listed in {some.config.output_dir}/bad_rows.jsonl",
         ]
 
     @pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
@@ -432,7 +434,7 @@ class TestTrimming:
         assert 30 < len(dataset[0].prompt) <= 40
         assert dataset.prompts_trimmed == 1
         assert dataset.truncated == 0
-        assert "1 prompts lost their beginning" in dataset.summary()
+        assert "1 prompt lost their beginning" in dataset.summary()
         content = trimmed.removeprefix("<|im_start|>user\n").removesuffix("<|im_end|>\n<|im_start|>assistant\n")
         assert self.WORDS.endswith(content)
 
@@ -512,7 +514,7 @@ class TestLength:
         assert dataset.truncated == 1
         assert dataset.tokens_cut == len(whole.ids) - len(chosen.ids)
         assert np.array_equal(whole.ids[: len(chosen.ids)], chosen.ids)
-        assert f"1 answers cut, {dataset.tokens_cut:,} tokens lost" in caplog.text
+        assert f"1 answer cut, {dataset.tokens_cut:,} tokens lost" in caplog.text
 
     def test_defaults_to_max_seq_length(self, loader):
         def longest(**values):

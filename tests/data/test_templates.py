@@ -236,7 +236,7 @@ def test_words_that_only_look_like_control_tokens_are_kept(tokenizer):
 
 def test_template_that_changes_the_answered_prompt_is_refused(tokenizer):
     tokenizer.chat_template = PLAIN.replace("'assistant: '", "'assistant: <think>'")
-    with pytest.raises(ValueError, match="changes the prompt once it is answered; use chatml"):
+    with pytest.raises(ValueError, match=r"changes the prompt once it is answered, .* or use chatml"):
         render_pieces(tokenizer, conversation("أ", "ب"))
 
 
@@ -279,3 +279,63 @@ def test_stop_tokens(tokenizer, tokenizer_file):
     assert stop_token_ids(tokenizer) == [0, 2]
     other = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token="!")
     assert stop_token_ids(other) == sorted({0, 2, other.convert_tokens_to_ids("!")})
+
+
+class TestOwnTemplate:
+    GOOD = (
+        "{%- for message in messages %}\n"
+        "[{{ message['role'] }}] {% generation %}{{ message['content'] }}{% endgeneration %}<|im_end|>\n"
+        "{%- endfor %}"
+        "{%- if add_generation_prompt %}\n[assistant] {% endif %}"
+    )
+
+    @pytest.fixture
+    def write(self, tmp_path):
+        def write(template: str | bytes, name: str = "own.jinja") -> str:
+            path = tmp_path / name
+            path.write_bytes(template if isinstance(template, bytes) else template.encode())
+            return str(path)
+
+        return write
+
+    @pytest.mark.parametrize("name", ["own.j2", "own.jinja"])
+    def test_only_answers_are_learned(self, tokenizer, write, name):
+        set_template(tokenizer, write("\ufeff" + self.GOOD, name), "")
+        (group,) = encode(tokenizer, conversation("أ", "ب", "ج", "د", system="س"))
+        assert learned(tokenizer, group) == ["ب<|im_end|>", "د<|im_end|>"]
+        assert tokenizer.chat_template == self.GOOD
+
+    @pytest.mark.parametrize(
+        ("template", "message"),
+        [
+            ("{% for m in messages %}\n{{ m.content }\n{% endfor %}", r"unexpected '}' \(line 2 of the template\)"),
+            ("a\n\n{{ messages[0].text.strip() }}", r"has no attribute 'text' \(line 3 of the template\)"),
+            ("a\n{{ 1 + 'x' }}", r"unsupported operand .* \(line 2 of the template\)"),
+            ("{{ messages | none_such }}", r"No filter named 'none_such'. \(line 1 of the template\)"),
+            ("{% include 'x' %}", r"no loader .* \(line 1 of the template\)"),
+            ("{{ ''.__class__.__mro__ }}", r"is unsafe"),
+            ("{{ raise_exception('لا') }}", r"refuses the conversation: لا \(line 1 of the template\)"),
+            ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
+            ("", "leaves out what the user says"),
+            ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves out what the user says"),
+            (
+                "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+                "leaves out what the assistant says",
+            ),
+            (
+                "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
+                "changes the prompt once it is answered",
+            ),
+        ],
+    )
+    def test_templates_that_cannot_be_used(self, tokenizer, write, template, message):
+        path = write(template)
+        with pytest.raises(ConfigurationError, match=rf"^instruction_template: {path}: .*{message}") as error:
+            set_template(tokenizer, path, "")
+        assert "\n" not in str(error.value)
+
+    def test_files_that_cannot_be_read(self, tokenizer, write, tmp_path):
+        with pytest.raises(ConfigurationError, match=r"none.jinja cannot be read \(No such file or directory\)"):
+            set_template(tokenizer, f"{tmp_path}/none.jinja", "")
+        with pytest.raises(ConfigurationError, match=r"own.jinja cannot be read \(no UTF-8 text at byte 1\)"):
+            set_template(tokenizer, write("سؤال".encode("cp1256")), "")

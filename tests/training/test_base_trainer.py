@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from arabic_qwen.config import SFTConfig
+from arabic_qwen.config import SFTConfig, load_config
 from arabic_qwen.errors import ConfigurationError, DatasetError, ModelLoadError, TrainingError
 from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.sft_trainer import SFTTrainer, create_sft_trainer
@@ -375,6 +375,24 @@ class TestStages:
         changes.get_data_loader()
         assert "### Instruction" in changes.tokenizer.chat_template
         assert "another prompt format" in caplog.text
+
+    def test_own_template_goes_with_the_output(self, config, tmp_path):
+        path = tmp_path / "own.jinja"
+        path.write_text(
+            "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}"
+            "{% if add_generation_prompt %}[assistant]{% endif %}"
+        )
+        config.instruction_template = str(path)
+        trainer = BaseTrainer(config)
+        trainer.train()
+        path.unlink()
+        later = BaseTrainer(SFTConfig(model_name=config.output_dir, dataset_path=config.dataset_path))
+        later.get_data_loader()
+        assert later.config.instruction_template == "tokenizer"
+        assert later.tokenizer.chat_template == trainer.tokenizer.chat_template
+        loaded = BaseTrainer(load_config(Path(config.output_dir, "training_config.yaml")))
+        loaded.load_model(config.output_dir)
+        assert loaded.predict("سؤال", max_length=2) is not None
 
 
 class TestEvaluateAndPredict:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from arabic_qwen.config.data import DataPath
 from arabic_qwen.config.yaml_io import dump_yaml, read_config_file
 from arabic_qwen.errors import ConfigurationError
 
@@ -31,6 +32,18 @@ TorchDtype = Annotated[
     Literal["bfloat16", "float16", "float32"],
     BeforeValidator(lambda v: str(v).removeprefix("torch.")),  # torch.bfloat16 itself is accepted too
 ]
+
+
+TEMPLATE_SUFFIXES = (".jinja", ".j2")
+
+
+def _check_template(value: str) -> str:
+    if value not in ("alpaca", "chatml", "tokenizer") and not value.endswith(TEMPLATE_SUFFIXES):
+        raise ValueError("must be alpaca, chatml, tokenizer, or a path that ends in .jinja or .j2")
+    return value
+
+
+Template = Annotated[Text, AfterValidator(_check_template)]
 
 
 class BaseConfig(BaseModel):
@@ -57,16 +70,35 @@ class BaseConfig(BaseModel):
     model_name: Text = Field(
         "Qwen/Qwen2.5-7B", description="Hub id, local folder, or the output folder of an earlier run"
     )
-    dataset_path: Text = Field("data/training.jsonl", description="Training file (JSON Lines), or sample:sft")
-    eval_dataset_path: Text | None = Field(
-        None, description="Validation file; unset: validation_split of the training file"
+    dataset_path: DataPath = Field(
+        "data/training.jsonl",
+        description="Training data: file, folder, hub id (org/name), sample:sft, or a list of these (docs/data.md)",
+    )
+    eval_dataset_path: DataPath | None = Field(
+        None, description="Validation data, as dataset_path; unset: validation_split of the training data"
     )
     validation_split: float = Field(
         0.1, ge=0, lt=1, description="Share of rows held out for validation, chosen by data_seed"
     )
+    dataset_split: str = Field("train", description="Split of hub and save_to_disk sets that have several")
+    dataset_config: str | None = Field(None, description="Configuration (subset) of hub sets that have several")
+    column_map: dict[str, str] = Field(
+        {}, description="Our column: yours, as in {instruction: question, response: answer}; others are not read"
+    )
+    max_samples: int | None = Field(
+        None,
+        ge=1,
+        description="Rows used at most, of training and validation data each, chosen by data_seed; null: all",
+    )
+    max_bad_rows: int = Field(
+        0, ge=0, description="Rows that cannot be trained on and may be left out (into bad_rows.jsonl); more: an error"
+    )
+    streaming: bool = Field(
+        False, description="Read training rows as training goes on, for data larger than memory; needs max_steps"
+    )
     output_dir: Text = Field("./checkpoints", description="Where the run is written; unset: ./checkpoints/<method>")
-    instruction_template: Literal["alpaca", "chatml", "tokenizer"] = Field(
-        "alpaca", description="Prompt format: alpaca, chatml, or the tokenizer's own chat template"
+    instruction_template: Template = Field(
+        "alpaca", description="Prompt format: alpaca, chatml, tokenizer (its own chat template), or a path *.jinja"
     )
     response_template: str = Field("### Response:\n", description="What precedes the answer in the alpaca template")
     system_prompt: str | None = Field(None, description="System prompt of conversations that have none")
@@ -168,6 +200,11 @@ class BaseConfig(BaseModel):
             raise ValueError("load_in_4bit and load_in_8bit are both true; set one of them to false")
         if (self.load_in_4bit or self.load_in_8bit) and not self.use_lora:
             raise ValueError("a quantised model can only be trained with adapters; set use_lora to true")
+        if self.streaming and self.max_steps is None:
+            raise ValueError("streaming does not know how many rows there are; set max_steps")
+        for name in ("max_samples", "precompute_reference"):
+            if self.streaming and getattr(self, name, None):
+                raise ValueError(f"{name} needs all rows at once; unset it, or set streaming to false")
         return self
 
     @classmethod

@@ -84,6 +84,8 @@ def _parse(text: str, source: str) -> Any:
 def _substitute(value: Any, source: str) -> Any:
     if isinstance(value, list):
         return [_substitute(item, source) for item in value]
+    if isinstance(value, dict):
+        return {key: _substitute(item, source) for key, item in value.items()}
     if not isinstance(value, str) or "${" not in value:
         return value
 

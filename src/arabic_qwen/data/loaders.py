@@ -2,59 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
+import itertools
 import json
 import logging
 import os
 import random
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import datasets
 import numpy as np
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
-from arabic_qwen.config import BaseConfig
+from arabic_qwen.config.data import data_sources, describe
+from arabic_qwen.data.bad_rows import BAD_ROWS_FILE, BadRow, BadRows
 from arabic_qwen.data.conversations import Message, to_conversation
+from arabic_qwen.data.dataset import Example, GroupDataset, repeat, show_group
 from arabic_qwen.data.packing import Completion, Group
 from arabic_qwen.data.preferences import Preference, to_contrast, to_feedback, to_measured_pair, to_pair
-from arabic_qwen.data.readers import Row, raise_problems, read_rows
+from arabic_qwen.data.readers import Row, Rows
+from arabic_qwen.data.sources import data_seed, read_rows
+from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.data.templates import Piece, encode_pieces, render_answer, render_pieces, render_prompt
 from arabic_qwen.errors import ConfigurationError, DatasetError
 
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1000  # rows tokenised at a time
-_REMEDY = "correct or remove these rows"
 
-
-@dataclasses.dataclass
-class GroupDataset(Sequence):
-    """Encoded examples and what was done to fit them."""
-
-    groups: list[Group]
-    truncated: int = 0  # answers cut at the longest length
-    tokens_cut: int = 0
-    prompts_trimmed: int = 0  # prompts that lost their beginning at max_prompt_length
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index):
-        return self.groups[index]
-
-    @property
-    def lengths(self) -> list[int]:
-        return [group.num_tokens for group in self.groups]
-
-    def summary(self) -> str:
-        """One line for the log and the model card."""
-        cut = f"{self.truncated} answers cut, {self.tokens_cut:,} tokens lost" if self.truncated else "none cut"
-        if self.prompts_trimmed:
-            cut += f", {self.prompts_trimmed} prompts lost their beginning"
-        return f"{len(self):,} examples, {sum(self.lengths):,} tokens, longest {max(self.lengths):,}, {cut}"
+T = TypeVar("T")
 
 
 class Draft(NamedTuple):
@@ -78,8 +58,10 @@ class DataLoader:
         self.tokenizer = tokenizer
         self._length_key = "max_length" if getattr(config, "max_length", None) else "max_seq_length"
         self.max_tokens: int = getattr(config, self._length_key)
+        self.bad_rows = BadRows()  # those that load() left out
+        self._reported = False
 
-    def _drafts(self, values: dict[str, Any], dataset: GroupDataset) -> list[Draft]:
+    def _drafts(self, values: dict[str, Any], example: Example) -> list[Draft]:
         """The row's groups. Raises ValueError where the row cannot be used."""
         raise NotImplementedError
 
@@ -94,78 +76,143 @@ class DataLoader:
     def _finish(self, dataset: GroupDataset) -> None:
         """What needs the whole split."""
 
-    def load(self) -> dict[str, GroupDataset]:
+    def load(self) -> dict[str, Any]:
         """Read, check, encode and split: {"train": …, "validation": …}, without the latter where it has no rows.
 
-        Raises:
-            DatasetError: a file cannot be read, or has rows that cannot be trained on (each is named).
-        """
-        problems: list[str] = []
-        encoded = {name: self._encode(rows, problems) for name, rows in self.split().items()}
-        raise_problems(problems, _REMEDY)
-        for name, dataset in encoded.items():
-            logger.info("%s: %s", name, dataset.summary())
-            if dataset.truncated:
-                logger.warning("%s: raise %s to keep whole answers", name, self._length_key)
-        return encoded
-
-    def split(self) -> dict[str, list[Row]]:
-        """The rows of each split as they stand in the files."""
-        rows = read_rows(self.config.dataset_path)
-        if self.config.eval_dataset_path:
-            return {"train": rows, "validation": read_rows(self.config.eval_dataset_path)}
-        train, validation = split_rows(
-            rows, self.config.validation_split, data_seed(self.config), [self._split_key(row) for row in rows]
-        )
-        return {"train": train} | ({"validation": validation} if validation else {})
-
-    def encode(self, rows: Iterable[Row | Mapping[str, Any]] | str | os.PathLike) -> GroupDataset:
-        """Encode rows, plain dicts (a `datasets.Dataset` too), or a file.
+        Each is a :class:`GroupDataset`; when streaming, "train" is a :class:`GroupStream`, which nothing is held out
+        of. Rows that cannot be trained on go to `bad_rows.jsonl` in the output folder.
 
         Raises:
-            DatasetError: some rows cannot be trained on (each is named).
+            DatasetError: a file cannot be read, or more than `max_bad_rows` rows cannot be trained on.
         """
-        given: Iterable = read_rows(rows) if isinstance(rows, (str, os.PathLike)) else rows
-        numbered = [r if isinstance(r, Row) else Row(f"row {i}", dict(r)) for i, r in enumerate(given)]
-        problems: list[str] = []
-        dataset = self._encode(numbered, problems)
-        raise_problems(problems, _REMEDY)
-        return dataset
+        config = self.config
+        folder = Path(config.resolved_output_dir)
+        goes_on = config.streaming and any(folder.glob("checkpoint-*"))
+        self.bad_rows = BadRows(config.max_bad_rows, folder / BAD_ROWS_FILE, append=goes_on)
+        train = [] if config.streaming else self._read(config.dataset_path)
+        validation = self._read(config.eval_dataset_path) if config.eval_dataset_path else []
+        self.bad_rows.check()
+        if not config.eval_dataset_path and not config.streaming:
+            train, validation = self._hold_out(train, [example.key for example in train])
+        splits: dict[str, Any] = {"train": GroupStream(self._stream_rows, self._encode_window, self.bad_rows)}
+        if not config.streaming:
+            splits["train"] = self._train_set(train)
+            if not len(splits["train"]):
+                raise DatasetError(f"{describe(config.dataset_path)}: no rows are left to train on")
+            self._report("train", splits["train"])
+        if len(held_out := GroupDataset.of(validation)):
+            self._finish(held_out)
+            splits["validation"] = held_out
+            self._report("validation", held_out)
+        if len(self.bad_rows):
+            logger.warning("bad rows: %s", self.bad_rows.summary())
+        return splits
 
-    def _encode(self, rows: list[Row], problems: list[str]) -> GroupDataset:
-        """Encode what can be encoded; say in `problems` why the rest cannot."""
-        dataset = GroupDataset([])
-        show_bar = len(rows) > _CHUNK and sys.stderr.isatty()
-        for start in track(range(0, len(rows), _CHUNK), "Tokenising", disable=not show_bar, transient=True):
-            places: list[str] = []
-            drafts: list[Draft] = []
-            for where, values in rows[start : start + _CHUNK]:
-                try:
-                    new = self._drafts(values, dataset)
-                except ValueError as error:
-                    problems.append(f"{where}: {error}")
-                    continue
-                drafts += new
-                places += [where] * len(new)
-            encoded = iter(encode_pieces(self.tokenizer, [c for draft in drafts for c in draft.completions]))
-            for where, draft in zip(places, drafts, strict=True):
-                parts = [next(encoded) for _ in draft.completions]
-                completions = tuple(part.completions[0] for part in parts)
-                group = Group(parts[0].prompt, completions, draft.label, lengths=draft.lengths)
-                problem = self._fit(group, dataset)
-                if problem:
-                    problems.append(f"{where}: {problem}")
-        if not problems:
+    def _train_set(self, examples: list[Example]) -> GroupDataset:
+        weights = [source.weight for source in data_sources(self.config.dataset_path)]
+        dataset = GroupDataset.of(repeat(examples, weights, data_seed(self.config)))
+        if len(dataset):
             self._finish(dataset)
         return dataset
 
-    def _fit(self, group: Group, dataset: GroupDataset) -> str | None:
-        """Add the group to the dataset, completions cut to the longest length; or say why it cannot be used."""
+    def _stream_rows(self) -> Rows:
+        return read_rows(self.config, self.config.dataset_path, stream=True)
+
+    def _encode_window(self, rows: list[Row | BadRow]) -> GroupDataset:
+        examples = list(self._examples(rows, self.bad_rows))
+        self.bad_rows.check()
+        dataset = self._train_set(examples)
+        if not self._reported and len(dataset):
+            self._report("train, the first rows", dataset)
+        return dataset
+
+    def _report(self, name: str, dataset: GroupDataset) -> None:
+        logger.info("%s: %s", name, dataset.summary())
+        if dataset.truncated:
+            logger.warning("%s: raise %s to keep whole answers", name, self._length_key)
+        if not self._reported:
+            shown = show_group(self.tokenizer, dataset[0])
+            logger.info("first training example, what is learned in ⟦ ⟧:\n%s", shown)
+            self._reported = True
+
+    def _read(self, dataset_path: Any) -> list[Example]:
+        """Rows are encoded as they are read, and not kept."""
+        examples = self._examples(read_rows(self.config, dataset_path), self.bad_rows)
+        return list(track(examples, "Tokenising", disable=not sys.stderr.isatty(), transient=True))
+
+    def split(self) -> dict[str, list[Row]]:
+        """The rows of each split as they stand in the files; when streaming, of the validation data only."""
+        train: list[Row | BadRow] = []
+        if not self.config.streaming:
+            train = list(read_rows(self.config, self.config.dataset_path))
+        validation: list[Row | BadRow] = []
+        if self.config.eval_dataset_path:
+            validation = list(read_rows(self.config, self.config.eval_dataset_path))
+        elif train:
+            train, validation = self._hold_out(train, [self._key(row) for row in train])
+        splits = {"train": train} | ({"validation": validation} if validation else {})
+        return {name: [row for row in rows if isinstance(row, Row)] for name, rows in splits.items()}
+
+    def _hold_out(self, rows: list[T], keys: list[str]) -> tuple[list[T], list[T]]:
+        return split_rows(rows, self.config.validation_split, data_seed(self.config), keys)
+
+    def _key(self, row: Row | BadRow) -> str:
+        return self._split_key(row) if isinstance(row, Row) else row.where
+
+    def encode(self, rows: Iterable[Row | Mapping[str, Any]] | str | os.PathLike) -> GroupDataset:
+        """Encode rows, plain dicts (a `datasets.Dataset` too), or what a path or hub id names.
+
+        Raises:
+            DatasetError: some rows cannot be trained on.
+        """
+        given: Iterable[Any] = read_rows(self.config, rows) if isinstance(rows, (str, os.PathLike)) else rows
+        numbered = (
+            row if isinstance(row, (Row, BadRow)) else Row(f"row {i}", dict(row)) for i, row in enumerate(given)
+        )
+        bad_rows = BadRows()
+        dataset = GroupDataset.of(list(self._examples(numbered, bad_rows)))
+        bad_rows.check()
+        self._finish(dataset)
+        return dataset
+
+    def _examples(self, rows: Iterable[Row | BadRow], bad_rows: BadRows) -> Iterator[Example]:
+        """Encode what can be encoded; the rest goes to `bad_rows` and comes as examples without groups."""
+        rows = iter(rows)
+        while chunk := list(itertools.islice(rows, _CHUNK)):
+            yield from self._encode(chunk, bad_rows)
+
+    def _encode(self, rows: list[Row | BadRow], bad_rows: BadRows) -> list[Example]:
+        examples = [Example(self._key(row), getattr(row, "source", 0)) for row in rows]
+        drafted: list[tuple[Row | BadRow, list[Draft]]] = []
+        for row, example in zip(rows, examples, strict=True):
+            drafts: list[Draft] = []
+            if isinstance(row, Row):
+                try:
+                    drafts = self._drafts(row.values, example)
+                except ValueError as error:
+                    row = BadRow(row.where, str(error), row.values)
+            drafted.append((row, drafts))
+        pieces = [completion for _, drafts in drafted for draft in drafts for completion in draft.completions]
+        encoded = iter(encode_pieces(self.tokenizer, pieces))
+        for (row, drafts), example in zip(drafted, examples, strict=True):
+            groups = [_join(draft, [next(encoded) for _ in draft.completions]) for draft in drafts]
+            try:
+                for group in groups:
+                    self._fit(group, example)
+            except ValueError as error:
+                example.groups = []
+                row = BadRow(row.where, str(error), row.values)
+            if isinstance(row, BadRow):
+                bad_rows.add(row)
+        return examples
+
+    def _fit(self, group: Group, example: Example) -> None:
+        """Add the group to the example, completions cut to the longest length. Raises ValueError where it cannot be."""
         room = self.max_tokens - len(group.prompt)
         kept, lost = [], []
         for ids, targets in group.completions:
             if room <= 0 or not targets[:room].any():
-                return (
+                raise ValueError(
                     f"the prompt has {len(group.prompt)} tokens and leaves no room for an answer in "
                     f"{self._length_key}={self.max_tokens}"
                 )
@@ -173,17 +220,23 @@ class DataLoader:
                 lost.append(len(ids) - room)
             kept.append(Completion(ids[:room], targets[:room]))
         if any(np.array_equal(kept[0].ids, other.ids) for other in kept[1:]):
-            return f"chosen and rejected are the same once they are cut at {self._length_key}={self.max_tokens}"
-        dataset.truncated += len(lost)
-        dataset.tokens_cut += sum(lost)
-        dataset.groups.append(group._replace(completions=tuple(kept)))
-        return None
+            raise ValueError(
+                f"chosen and rejected are the same once they are cut at {self._length_key}={self.max_tokens}"
+            )
+        example.truncated += len(lost)
+        example.tokens_cut += sum(lost)
+        example.groups.append(group._replace(completions=tuple(kept)))
+
+
+def _join(draft: Draft, parts: list[Group]) -> Group:
+    """The draft's completions, which were encoded each with the same prompt, as one group."""
+    return Group(parts[0].prompt, tuple(part.completions[0] for part in parts), draft.label, lengths=draft.lengths)
 
 
 class SFTDataLoader(DataLoader):
     """Conversations; every turn of the assistant is learned."""
 
-    def _drafts(self, values: dict[str, Any], dataset: GroupDataset) -> list[Draft]:
+    def _drafts(self, values: dict[str, Any], example: Example) -> list[Draft]:
         messages = to_conversation(values, self.config.system_prompt)
         return [Draft([pieces]) for pieces in render_pieces(self.tokenizer, messages)]
 
@@ -196,9 +249,9 @@ class _PreferenceDataLoader(DataLoader):
 
     read = staticmethod(to_pair)
 
-    def _drafts(self, values: dict[str, Any], dataset: GroupDataset) -> list[Draft]:
+    def _drafts(self, values: dict[str, Any], example: Example) -> list[Draft]:
         prompt, answers, label, lengths = self.read(values, self.config.system_prompt)
-        prompt = self._trim(prompt, dataset)
+        prompt = self._trim(prompt, example)
         return [Draft([render_answer(self.tokenizer, prompt, answer) for answer in answers], label, lengths)]
 
     def last_user_turn(self, values: dict[str, Any]) -> str:
@@ -207,11 +260,12 @@ class _PreferenceDataLoader(DataLoader):
     def _split_key(self, row: Row) -> str:
         """The prompt: a pair whose prompt is trained on in another pair is not unseen."""
         try:
-            return json.dumps(self.read(row.values)[0])
+            prompt = json.dumps(self.read(row.values)[0])
+            return hashlib.sha256(prompt.encode()).hexdigest()  # not the prompt itself, which may be long
         except ValueError:
             return row.where
 
-    def _trim(self, prompt: list[Message], dataset: GroupDataset) -> list[Message]:
+    def _trim(self, prompt: list[Message], example: Example) -> list[Message]:
         """The prompt within max_prompt_length tokens: its oldest text is cut from the left, turns that get empty go.
 
         The template's own tokens and the system prompt stay.
@@ -232,7 +286,7 @@ class _PreferenceDataLoader(DataLoader):
             prompt = [*system, *turns]
             excess = self._prompt_length(prompt) - limit
         if length > 0:
-            dataset.prompts_trimmed += 1
+            example.prompts_trimmed += 1
         return prompt
 
     def _prompt_length(self, prompt: list[Message]) -> int:
@@ -265,8 +319,8 @@ class KTODataLoader(_PreferenceDataLoader):
         paired = self.config.unpair_preferences and "chosen" in values
         return (to_pair if paired else to_feedback)(values, system_prompt)
 
-    def _drafts(self, values: dict[str, Any], dataset: GroupDataset) -> list[Draft]:
-        (whole,) = super()._drafts(values, dataset)
+    def _drafts(self, values: dict[str, Any], example: Example) -> list[Draft]:
+        (whole,) = super()._drafts(values, example)
         if len(whole.completions) == 1:
             return [whole]
         return [Draft([answer], label) for answer, label in zip(whole.completions, (True, False), strict=True)]
@@ -282,7 +336,7 @@ class KTODataLoader(_PreferenceDataLoader):
             stranger = next((other for other in others if not np.array_equal(other.prompt, group.prompt)), None)
             if stranger is None:
                 raise DatasetError(
-                    f"{self.config.dataset_path}: KTO compares answers with those to other prompts, so training and "
+                    f"{describe(self.config.dataset_path)}: KTO compares answers with those to other prompts, so training and "
                     "validation rows need at least two different prompts each; add rows or change validation_split"
                 )
             ids, targets = stranger.completions[0]
@@ -290,11 +344,7 @@ class KTODataLoader(_PreferenceDataLoader):
             groups[index] = group._replace(mismatched=Completion(ids[:room], targets[:room]))
 
 
-def data_seed(config: BaseConfig) -> int:
-    return config.seed if config.data_seed is None else config.data_seed
-
-
-def split_rows(rows: list[Row], share: float, seed: int, keys: Sequence[str]) -> tuple[list[Row], list[Row]]:
+def split_rows(rows: list[T], share: float, seed: int, keys: Sequence[str]) -> tuple[list[T], list[T]]:
     """(train, validation) in file order: a seeded choice of `share` of the keys, at least one where share > 0.
 
     Raises:

@@ -1,79 +1,222 @@
-"""Reads data files into rows that remember where they came from."""
+"""Reads data files, one format a function, into rows that remember where they came from."""
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import gzip
+import io
+import itertools
 import json
-import os
-from importlib.resources import files
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from arabic_qwen.data.bad_rows import BadRow
 from arabic_qwen.errors import DatasetError
 
-#: `dataset_path: sample:sft` and so on: small sets that come with the package.
-SAMPLES = ("sft", "dpo", "kto")
+csv.field_size_limit(2**31 - 1)  # a cell may hold a long conversation; the default is 128 KiB
 
 
 class Row(NamedTuple):
     """One record and the place to name when it is wrong."""
 
-    where: str  # file:line
+    where: str  # file:line, or file:row N where lines mean nothing
     values: dict[str, Any]
+    source: int = 0  # which entry of dataset_path it comes from
 
 
-def read_rows(path: str | os.PathLike) -> list[Row]:
-    """Read a JSON Lines file; blank lines are skipped.
+Rows = Iterator[Row | BadRow]
+
+
+def is_data_file(name: str) -> bool:
+    """Whether a file of this name can be read."""
+    return _reader(name) is not None
+
+
+def is_table(name: str) -> bool:
+    """Whether the file's cells are text."""
+    return _reader(name) is _read_csv
+
+
+def read_file(path: Path) -> Rows:
+    """The rows of one file, in the format that its name says; lines that are no rows come as :class:`BadRow`.
 
     Raises:
-        DatasetError: the file is missing or empty, or has lines that are not JSON objects in UTF-8 (all are named).
+        DatasetError: the file cannot be read as a whole.
     """
-    path = _resolve(path)
-    rows, problems = [], []
+    reader = _reader(path.name)
+    if reader is None:
+        raise DatasetError(f"{path}: unknown format; give a file named {FORMATS}")
     try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{path}:{number}"
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                    if not text:
-                        continue
-                    values = json.loads(text)
-                except UnicodeDecodeError as error:
-                    problems.append(f"{where}: is not UTF-8 text (byte {error.start + 1}: {error.reason})")
-                    continue
-                except RecursionError:
-                    problems.append(f"{where}: not valid JSON (nested too deeply)")
-                    continue
-                except ValueError as error:  # json's own error, or a number of more digits than Python reads
-                    problems.append(f"{where}: not valid JSON ({getattr(error, 'msg', error)})")
-                    continue
-                if isinstance(values, dict):
-                    rows.append(Row(where, values))
-                else:
-                    problems.append(f"{where}: must be a JSON object, found a {type(values).__name__}")
+        yield from reader(path)
+    except (EOFError, zlib.error, pa.ArrowException) as error:
+        raise _damaged(path, error) from None
     except OSError as error:
+        if error.strerror is None:  # what gzip and pyarrow say about contents
+            raise _damaged(path, error) from None
         raise DatasetError(f"{path}: cannot be read ({error.strerror}); check dataset_path") from None
-    raise_problems(problems, "write one JSON object per line, in UTF-8")
-    if not rows:
-        raise DatasetError(f"{path}: holds no rows; write one JSON object per line")
-    return rows
 
 
-def raise_problems(problems: list[str], remedy: str) -> None:
-    """Raise one DatasetError with the first ten problems, their number and the remedy; nothing where there are none."""
-    problems = list(dict.fromkeys(problems))  # a row may have become several groups
-    if problems:
-        more = f"\n… and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise DatasetError("\n".join(problems[:10]) + more + f"\n{len(problems)} bad rows; {remedy}")
+def _damaged(path: Path, error: Exception) -> DatasetError:
+    reason = str(error).splitlines()[0].rstrip(".")
+    return DatasetError(f"{path}: is damaged, or not what its name says ({reason}); make or copy it again")
 
 
-def _resolve(path: str | os.PathLike) -> Path:
-    name = os.fspath(path)
-    if name.startswith("sample:"):
-        sample = name.removeprefix("sample:")
-        if sample not in SAMPLES:
-            raise DatasetError(f"{name}: no such sample; choose one of {', '.join('sample:' + s for s in SAMPLES)}")
-        return Path(str(files("arabic_qwen") / "assets" / f"{sample}.jsonl"))
-    if Path(name).suffix not in (".jsonl", ".ndjson"):
-        raise DatasetError(f"{name}: unknown format; give a JSON Lines file named *.jsonl")
-    return Path(name)
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """The file's bytes, decompressed as its suffix says."""
+    with path.open("rb") as file:
+        if path.suffix.lower() == ".gz":
+            with gzip.open(file) as unpacked:
+                yield unpacked  # type: ignore[misc]
+        elif path.suffix.lower() == ".zst":
+            with io.BufferedReader(pa.CompressedInputStream(file, "zstd"), 1 << 16) as unpacked:
+                yield unpacked
+        else:
+            yield file
+
+
+def _read_json_lines(path: Path) -> Rows:
+    with _open(path) as lines:
+        yield from _parse_lines(path, lines)
+
+
+def _parse_lines(path: Path, lines: Iterable[bytes]) -> Rows:
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            if text:
+                yield _row(where, json.loads(text))
+        except UnicodeDecodeError as error:
+            reason = f"is not UTF-8 text (byte {error.start + 1}: {error.reason})"
+            yield BadRow(where, reason, line.decode("utf-8", "replace").strip())
+        except RecursionError:
+            yield BadRow(where, "not valid JSON (nested too deeply)", text)
+        except ValueError as error:  # json's own error, or a number of more digits than Python reads
+            yield BadRow(where, f"not valid JSON ({getattr(error, 'msg', error)})", text)
+
+
+def _row(where: str, values: Any) -> Row | BadRow:
+    if isinstance(values, dict):
+        return Row(where, values)
+    return BadRow(where, f"must be a JSON object, found a {type(values).__name__}", values)
+
+
+def _read_json(path: Path) -> Rows:
+    """An array of objects, or an object that holds one such array; a JSON Lines file that is named .json too."""
+    with _open(path) as file:
+        data = file.read()
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DatasetError(
+            f"{path}: is not UTF-8 text (byte {error.start + 1}: {error.reason}); save it as UTF-8"
+        ) from None
+    except RecursionError:
+        raise DatasetError(f"{path}: not valid JSON (nested too deeply)") from None
+    except ValueError as error:
+        if getattr(error, "msg", "") == "Extra data" and data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+            yield from _parse_lines(path, data.splitlines())
+            return
+        place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
+        reason = getattr(error, "msg", error)
+        raise DatasetError(f"{place}: not valid JSON ({reason}); correct it, or write one object per line") from None
+    if isinstance(value, dict):
+        tables = [key for key, items in value.items() if isinstance(items, list) and _holds_objects(items)]
+        if len(tables) != 1:
+            raise DatasetError(
+                f"{path}: is an object with {len(tables)} lists of rows ({', '.join(tables) or 'none'}); "
+                "give an array of objects, or an object with one such array"
+            )
+        value = value[tables[0]]
+    if not isinstance(value, list):
+        raise DatasetError(f"{path}: must hold an array of objects, found a {type(value).__name__}")
+    for number, item in enumerate(value, 1):
+        yield _row(f"{path}:row {number}", item)
+
+
+def _holds_objects(items: list) -> bool:
+    return bool(items) and all(isinstance(item, dict) for item in items)
+
+
+def _read_csv(path: Path) -> Rows:
+    with _open(path) as file:
+        # Bytes that are no UTF-8 become half surrogates, so that the row they are in can be named.
+        lines = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+        yield from _parse_csv(path, lines)
+
+
+def _parse_csv(path: Path, lines: Iterable[str]) -> Rows:
+    lines = iter(lines)
+    first = next(lines, "")
+    # Spreadsheets write semicolons where the comma is the decimal sign, as in Arabic locales.
+    comma = ";" if ";" in first and "," not in first else ","
+    delimiter = "\t" if ".tsv" in path.name.lower() else comma
+    reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        where = f"{path}:{reader.line_num + 1}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:  # where the next row begins is anyone's guess
+            raise DatasetError(
+                f"{where}: not valid CSV ({error}); close every quoted cell, and write quotes in it twice"
+            ) from None
+        if not cells:
+            continue  # a blank line
+        if header is None:
+            header = _header(path, cells)
+        elif _undecoded(cells):
+            text = [cell.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for cell in cells]
+            yield BadRow(where, "is not UTF-8 text; save the file as UTF-8", text)
+        elif len(cells) != len(header):
+            yield BadRow(where, f"has {len(cells)} cells, but the header names {len(header)} columns", cells)
+        else:
+            yield Row(where, dict(zip(header, cells, strict=True)))
+
+
+def _undecoded(cells: list[str]) -> bool:
+    return any("\udc80" <= letter <= "\udcff" for cell in cells for letter in cell)
+
+
+def _header(path: Path, cells: list[str]) -> list[str]:
+    if _undecoded(cells):
+        raise DatasetError(f"{path}:1: is not UTF-8 text; save the file as UTF-8")
+    double = sorted({cell for cell in cells if cells.count(cell) > 1})
+    if double:
+        raise DatasetError(f"{path}:1: the header names {', '.join(map(repr, double))} twice")
+    return cells
+
+
+def _read_parquet(path: Path) -> Rows:
+    with path.open("rb") as file, pq.ParquetFile(file) as table:
+        number = 0
+        for batch in table.iter_batches(batch_size=1000):
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(f"{path}:row {number}", values)
+
+
+_READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+}
+FORMATS = f"*{', *'.join(_READERS)} (each also with .gz or .zst), or *.parquet"
+
+
+def _reader(name: str) -> Callable[[Path], Rows] | None:
+    path = Path(name.lower())
+    if path.suffix == ".parquet":
+        return _read_parquet
+    return _READERS.get(path.with_suffix("").suffix if path.suffix in (".gz", ".zst") else path.suffix)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from arabic_qwen.config.base import TEMPLATE_SUFFIXES
 from arabic_qwen.data.conversations import Message
 from arabic_qwen.data.packing import Completion, Group
 from arabic_qwen.errors import ConfigurationError
@@ -43,10 +45,10 @@ _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, name: str, response_template: str) -> None:
-    """Give the tokenizer the chat template called `name`: alpaca, chatml, or tokenizer (keep its own).
+    """Give the tokenizer the chat template called `name`: alpaca, chatml, tokenizer (keep its own), or a Jinja file.
 
     Raises:
-        ConfigurationError: the tokenizer lacks what the template needs.
+        ConfigurationError: the tokenizer lacks what the template needs, or the file's template cannot be used.
     """
     if name == "tokenizer":
         if not tokenizer.chat_template:
@@ -60,8 +62,36 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str, response_templat
                 "instruction_template: 'chatml' needs the token <|im_end|>, which this model's tokenizer lacks; use alpaca"
             )
         tokenizer.chat_template = CHATML
+    elif name.endswith(TEMPLATE_SUFFIXES):
+        tokenizer.chat_template = _read_template(name)
+        _check_own_template(tokenizer, name)
     else:
         tokenizer.chat_template = ALPACA.replace("RESPONSE", json.dumps(response_template, ensure_ascii=False))
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except OSError as error:
+        reason = error.strerror
+    except UnicodeDecodeError as error:
+        reason = f"no UTF-8 text at byte {error.start + 1}"
+    raise ConfigurationError(f"instruction_template: {path} cannot be read ({reason}); give a Jinja chat template")
+
+
+def _check_own_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Raise ConfigurationError unless a question and its answer come out of the template."""
+    question, answer = {"role": "user", "content": "سؤال"}, {"role": "assistant", "content": "جواب"}
+    try:
+        before, after = _render_turn(tokenizer, [question, answer])
+    except ValueError as error:
+        raise ConfigurationError(f"instruction_template: {path}: {error}") from None
+    for message, text in ((question, before), (answer, after)):
+        if message["content"] not in text:
+            raise ConfigurationError(
+                f"instruction_template: {path}: leaves out what the {message['role']} says; it must write "
+                "message['content'] of every message, and of an answer only after the generation prompt"
+            )
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -130,7 +160,10 @@ def _render_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
     before = render_prompt(tokenizer, messages[:-1])
     after = _render(tokenizer, messages, add_generation_prompt=False)
     if not after.startswith(before):
-        raise ValueError("the tokenizer's chat template changes the prompt once it is answered; use chatml")
+        raise ValueError(
+            "the chat template changes the prompt once it is answered, so what is learned has no clear beginning; "
+            "with add_generation_prompt it must end where the answer starts, or use chatml"
+        )
     return before, after[len(before) :]
 
 
@@ -149,8 +182,11 @@ def _render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: 
         return tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses the conversation: {error}") from None
+    except Exception as error:  # a template is a program and may fail in any way
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+        place = f" (line {line} of the template)" if line else ""
+        raise ValueError(f"the chat template refuses the conversation: {error}{place}") from None
 
 
 def encode_pieces(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[Piece]]) -> list[Group]:

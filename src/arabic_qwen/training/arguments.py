@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from arabic_qwen.config import BaseConfig
-from arabic_qwen.data.loaders import data_seed
+from arabic_qwen.data.sources import data_seed
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.loading import compute_dtype
 
@@ -42,6 +42,8 @@ def resolve_schedule(config: BaseConfig, has_validation: bool) -> Schedule:
     """Resolve settings that contradict each other or the data."""
     evaluation, saving, save_steps = config.evaluation_strategy, config.save_strategy, config.save_steps
     keep_best, changes = config.load_best_model_at_end, []
+    if config.streaming and config.validation_split and not has_validation:
+        changes.append("no validation_split while streaming; eval_dataset_path can name validation data")
     if evaluation != "no" and not has_validation:
         evaluation = "no"
         changes.append("no evaluation, for there are no validation rows")

@@ -18,7 +18,10 @@ from transformers import (
 )
 
 from arabic_qwen.config import BaseConfig, SFTConfig, load_config
-from arabic_qwen.data.loaders import DataLoader, GroupDataset, SFTDataLoader, to_padded
+from arabic_qwen.config.base import TEMPLATE_SUFFIXES
+from arabic_qwen.data.dataset import GroupDataset
+from arabic_qwen.data.loaders import DataLoader, SFTDataLoader, to_padded
+from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.data.templates import set_template, stop_token_ids
 from arabic_qwen.errors import ConfigurationError, DatasetError, TrainingError
 from arabic_qwen.models import loading
@@ -103,8 +106,12 @@ class BaseTrainer(GenerationMixin):
         if not loading.is_run_output(model_path):
             return None
         saved = load_config(Path(model_path, loading.RUN_CONFIG))
+        template = saved.instruction_template
+        if template.endswith(TEMPLATE_SUFFIXES):
+            template = "tokenizer"  # which was saved with it; the file may be gone
+        prompt_format = saved.model_copy(update={"instruction_template": template})
         for name in {"instruction_template", "response_template", "system_prompt"} - keep:
-            setattr(self.config, name, getattr(saved, name))
+            setattr(self.config, name, getattr(prompt_format, name))
         return saved
 
     # ---------------------------------------------------------------- the pipeline
@@ -235,9 +242,11 @@ class BaseTrainer(GenerationMixin):
         """
         return {name: self._for_trainer(split) for name, split in self.get_data_loader().load().items()}
 
-    def _for_trainer(self, split: GroupDataset) -> Any:
+    def _for_trainer(self, split: Any) -> Any:
         if self._get_training_method() in METHODS:
             return split
+        if isinstance(split, GroupStream):
+            raise ConfigurationError(f"streaming: works with {', '.join(METHODS)}; set it to false for other methods")
         return to_padded(split, self.tokenizer.pad_token_id, self.config.length_column_name)
 
     def get_training_arguments(self) -> TrainingArguments:
@@ -253,7 +262,7 @@ class BaseTrainer(GenerationMixin):
 
     def _schedule(self) -> Schedule:
         config = self._validated()
-        planned = bool(config.eval_dataset_path or config.validation_split)
+        planned = bool(config.eval_dataset_path or (config.validation_split and not config.streaming))
         return resolve_schedule(config, "validation" in self.dataset if self.dataset else planned)
 
     def get_callbacks(self) -> list[TrainerCallback]:
@@ -350,11 +359,14 @@ class BaseTrainer(GenerationMixin):
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     def _data_summary(self) -> dict[str, str]:
-        """One line on each split."""
-        return {
-            name: split.summary() if isinstance(split, GroupDataset) else f"{len(split):,} examples"
+        """One line on each split, and on what was left out."""
+        lines = {
+            name: split.summary() if hasattr(split, "summary") else f"{len(split):,} examples"
             for name, split in (self.dataset or {}).items()
         }
+        if self.data_loader and len(self.data_loader.bad_rows):
+            lines["bad rows"] = self.data_loader.bad_rows.summary()
+        return lines
 
     def load_model(self, model_path: str) -> None:
         """Load a model or adapter to generate, to evaluate, or to train on.

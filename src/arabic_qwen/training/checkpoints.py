@@ -13,6 +13,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from arabic_qwen.config import BaseConfig, load_config
+from arabic_qwen.data.bad_rows import BAD_ROWS_FILE
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.loading import RUN_CONFIG
 from arabic_qwen.training.report import LOSS_CURVE, METRICS_FILE
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 SUMMARY = "run_summary.json"  # written last: a folder that has it holds a finished run
 
 # May differ when a run goes on: they do not change what is learned.
-_HARMLESS = {"overwrite_output_dir", "report_to", "run_name", "logging_steps", "output_dir"}
+_HARMLESS = {"overwrite_output_dir", "report_to", "run_name", "logging_steps", "output_dir", "max_bad_rows"}
 
 
 def open_run(config: BaseConfig) -> Path:
@@ -43,7 +44,9 @@ def open_run(config: BaseConfig) -> Path:
         if config.overwrite_output_dir:
             _discard(folder)
         record = folder / RUN_CONFIG
-        if record.is_file() and (is_finished(folder) or last_checkpoint(folder)):
+        if not is_finished(folder) and not last_checkpoint(folder):
+            (folder / BAD_ROWS_FILE).unlink(missing_ok=True)  # of a run that was refused
+        elif record.is_file():
             changed = _differences(load_config(record), config)
             if changed and (
                 not is_finished(folder) or Path(config.model_name).absolute().is_relative_to(folder.absolute())
@@ -83,7 +86,7 @@ def _discard(folder: Path) -> None:
     """Remove what a run wrote, and nothing else."""
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    for name in (SUMMARY, METRICS_FILE, LOSS_CURVE, RUN_CONFIG):
+    for name in (SUMMARY, METRICS_FILE, LOSS_CURVE, RUN_CONFIG, BAD_ROWS_FILE):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,15 +19,19 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput
 
+from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.data.packing import Group, PackedBatch, best_fit_decreasing, micro_batches, pack, with_mismatched
+from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.losses.kto import kto_kl
 from arabic_qwen.models.reference import REFERENCE_ADAPTER, Reference
 from arabic_qwen.training.objectives import Objective, Scores, Sums, join_scores
+
+_PLACE_FILE = "stream.json"  # of a checkpoint: how far the streamed data is used
 
 
 @dataclasses.dataclass
@@ -39,6 +44,7 @@ class Step:
     groups: int
     chosen_tokens: int  # targets of the groups' first completions
     num_tokens: int  # in the streams
+    place: dict[str, Any] | None = None  # how far the data is used after this step, when it is streamed
 
     def pin_memory(self) -> Step:
         def pinned(batches: list[PackedBatch]) -> list[PackedBatch]:
@@ -64,6 +70,14 @@ class _Sequences(Dataset[list[Group]]):
 
     def __getitem__(self, index: int) -> list[Group]:
         return [self.groups[i] for i in self.members[index]]
+
+
+class _StreamedSteps(IterableDataset[Step]):
+    def __init__(self, steps: Callable[[], Iterator[Step]]):
+        self._steps = steps
+
+    def __iter__(self) -> Iterator[Step]:
+        return self._steps()
 
 
 class _StepSampler(Sampler[list[int]]):
@@ -104,10 +118,13 @@ class _StepSampler(Sampler[list[int]]):
         lengths = [self.lengths[i] for i in rows]
         return [rows[i] for i in get_length_grouped_indices(lengths, self.step_size, generator=generator)]
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def steps(self) -> list[list[int]]:
+        """The sequences of each optimizer step, over all ranks."""
         order = self.order()
-        for start in range(0, len(order), self.step_size):
-            step = order[start : start + self.step_size]
+        return [order[start : start + self.step_size] for start in range(0, len(order), self.step_size)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps():
             yield from [[]] * (-(-len(step) // self.batch_size) - 1)
             yield step[self.rank :: self.world_size]
 
@@ -125,8 +142,8 @@ class PackedTrainer(Trainer):
         reference: (model) -> context in which the reference model is called; for objectives that need one.
         token_budget: tokens of a micro-batch.
         sequence_capacity: tokens that a training sequence is filled up to with several examples; None: one example.
-        kwargs: as for transformers.Trainer; datasets are sequences of :class:`Group`, the model has
-            `enable_packed_forward`.
+        kwargs: as for transformers.Trainer; datasets are sequences of :class:`Group`, or a :class:`GroupStream` to train
+            on; the model has `enable_packed_forward`.
     """
 
     def __init__(
@@ -144,6 +161,7 @@ class PackedTrainer(Trainer):
         self.token_budget = token_budget
         self.sequence_capacity = sequence_capacity
         self.reference: Any = reference
+        self._place: dict[str, Any] = {}
         self._sums: Sums = {}
         self._tokens_since_log = 0
         self._last_log_time = time.perf_counter()
@@ -171,10 +189,36 @@ class PackedTrainer(Trainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
+        if isinstance(self.train_groups, GroupStream):
+            pinned = self.args.dataloader_pin_memory and torch.cuda.is_available()
+            return DataLoader(_StreamedSteps(self._streamed_steps), batch_size=None, pin_memory=pinned)
+        self._filler = self.train_groups[0]
         sequences = _Sequences(self.train_groups, self.sequence_capacity)
         # Trainer has set state.epoch when it starts an epoch, also in the middle of one after a resume.
         sampler = _StepSampler(self.args, sequences.lengths, sequences.labels, epoch=lambda: int(self.state.epoch or 0))
         return self._loader(sequences, sampler)
+
+    def _streamed_steps(self) -> Iterator[Step]:
+        """This rank's share of each step, from where the data was left.
+
+        Every process reads and packs the whole window, so that the steps are the same for any number of them.
+        """
+        # Trainer skips the steps that were done before.
+        yield from [self._collate([])] * (self.args.gradient_accumulation_steps * self._place.get("done", 0))
+        skipped = self._place.get("step", 0)
+        for place, window in self.train_groups.windows(self._place):
+            yield from self._window_steps(place, window, skipped)
+            skipped = 0
+
+    def _window_steps(self, place: dict[str, Any], window: GroupDataset, skipped: int) -> Iterator[Step]:
+        self._filler = window[0]
+        sequences = _Sequences(window, self.sequence_capacity)
+        number = place["pass"] * 1_000_003 + place["window"]
+        sampler = _StepSampler(self.args, sequences.lengths, sequences.labels, epoch=lambda: number)
+        for position, step in enumerate(sampler.steps()[skipped:], skipped + 1):
+            yield from [self._collate([])] * (self.args.gradient_accumulation_steps - 1)
+            share = self._collate([sequences[i] for i in step[sampler.rank :: sampler.world_size]])
+            yield dataclasses.replace(share, place=place | {"step": position})
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         sequences = _Sequences(self.eval_dataset if eval_dataset is None else eval_dataset, None)
@@ -193,7 +237,7 @@ class PackedTrainer(Trainer):
         num_groups, mean_length = self._totals(inputs)
         kl = self._divergence(self._log_ratios(inputs)) if self.objective.needs_kl else 0.0
         slopes = self._slopes(inputs.batches, mean_length) if self.objective.whole_step else None
-        batches = inputs.batches or [pack([self.train_groups[0]])]  # a rank without rows still joins the reduction
+        batches = inputs.batches or [pack([self._filler])]  # a rank without rows still joins the reduction
         share = self.args.world_size if inputs.batches else 0  # DDP averages gradients over ranks
         loss_sum = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(batches, 1):
@@ -210,6 +254,7 @@ class PackedTrainer(Trainer):
                 # DeepSpeed would divide by its own count of accumulation steps.
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
         self._tokens_since_log += inputs.num_tokens
+        self._place = inputs.place or self._place
         return self._whole_step_loss if slopes is not None else loss_sum
 
     def _totals(self, step: Step) -> tuple[torch.Tensor | int, torch.Tensor | float]:
@@ -299,6 +344,12 @@ class PackedTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(Path(str(output_dir or self.args.output_dir), REFERENCE_ADAPTER), ignore_errors=True)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._place and self.args.should_save:
+            place = self._place | {"done": self.state.global_step}
+            Path(output_dir, _PLACE_FILE).write_text(json.dumps(place), encoding="utf-8")
+
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # Trainer's estimate reads padded inputs; tokens per second is logged instead
 
@@ -314,9 +365,11 @@ class PackedTrainer(Trainer):
         logs.pop("total_flos", None)
         super().log(logs, start_time)
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
         self._last_log_time = time.perf_counter()
-        return super().train(*args, **kwargs)
+        path = Path(resume_from_checkpoint or "", _PLACE_FILE)
+        self._place = json.loads(path.read_text(encoding="utf-8")) if resume_from_checkpoint and path.is_file() else {}
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @torch.no_grad()
     def evaluation_loop(

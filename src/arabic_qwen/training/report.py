@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 import arabic_qwen
 from arabic_qwen.config import BaseConfig
+from arabic_qwen.config.data import describe
 
 METRICS_FILE = "metrics.jsonl"
 LOSS_CURVE = "loss_curve.png"
@@ -51,7 +52,7 @@ def model_card(config: BaseConfig, metrics: dict[str, float], data: dict[str, st
     Args:
         config: the run's configuration.
         metrics: final evaluation metrics; may be empty.
-        data: one line on each split.
+        data: one line on each split, and on rows left out.
         adapter: whether the folder holds adapters, not a whole model.
     """
     header = ["---", "language: ar", "library_name: " + ("peft" if adapter else "transformers")]
@@ -60,7 +61,8 @@ def model_card(config: BaseConfig, metrics: dict[str, float], data: dict[str, st
     lines = [*header, "", f"# {Path(config.resolved_output_dir).name}", ""]
     lines += [f"{what} `{config.model_name}`, trained with {config.method.upper()} by Arabic Qwen.", "", "## Data", ""]
     files = {"train": config.dataset_path, "validation": config.eval_dataset_path or config.dataset_path}
-    lines += [f"- {name}, `{files[name]}`: {summary}" for name, summary in data.items()] or ["- not recorded"]
+    places = {name: f", `{describe(path)}`" for name, path in files.items()}
+    lines += [f"- {name}{places.get(name, '')}: {summary}" for name, summary in data.items()] or ["- not recorded"]
     lines += ["", "## Results", ""]
     if metrics:
         lines += ["| metric | value |", "|---|---|", *(f"| {k} | {v:.4f} |" for k, v in metrics.items())]

@@ -1,0 +1,127 @@
+"""Encoded examples: a set in memory, with what was done to fit them."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from arabic_qwen.data.bad_rows import count
+from arabic_qwen.data.packing import Completion, Group
+
+_SHOWN_LETTERS = 400  # of each stretch of the example that is shown
+
+
+@dataclasses.dataclass(slots=True)
+class Example:
+    """One row as groups, none where it cannot be used."""
+
+    key: str  # rows with the same key are held out together
+    source: int = 0  # which entry of dataset_path
+    groups: list[Group] = dataclasses.field(default_factory=list)
+    truncated: int = 0  # answers cut at the longest length
+    tokens_cut: int = 0
+    prompts_trimmed: int = 0  # prompts that lost their beginning at max_prompt_length
+
+
+@dataclasses.dataclass
+class GroupDataset(Sequence):
+    """Encoded examples and what was done to fit them."""
+
+    groups: list[Group]
+    rows: int = 0
+    truncated: int = 0
+    tokens_cut: int = 0
+    prompts_trimmed: int = 0
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> GroupDataset:
+        used = [example for example in examples if example.groups]
+        return cls(
+            [group for example in used for group in example.groups],
+            len(used),
+            *(sum(getattr(e, name) for e in used) for name in ("truncated", "tokens_cut", "prompts_trimmed")),
+        )
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index):
+        return self.groups[index]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [group.num_tokens for group in self.groups]
+
+    def counts(self) -> dict[str, int]:
+        """Examples and tokens, and what was done to fit them."""
+        return {
+            "rows": self.rows,
+            "examples": len(self),
+            "tokens": sum(self.lengths),
+            "learned": sum(int(c.targets.sum()) for group in self.groups for c in group.completions),
+            "longest": max(self.lengths, default=0),
+            "truncated": self.truncated,
+            "tokens_cut": self.tokens_cut,
+            "prompts_trimmed": self.prompts_trimmed,
+        }
+
+    def summary(self) -> str:
+        """One line for the log and the model card."""
+        return describe_counts(self.counts())
+
+
+def describe_counts(counts: dict[str, int]) -> str:
+    text = count(counts["examples"], "example")
+    if counts["rows"] != counts["examples"]:
+        text += f" of {count(counts['rows'], 'row')}"
+    text += (
+        f", {count(counts['tokens'], 'token')}, {counts['learned']:,} of them learned, longest {counts['longest']:,}, "
+    )
+    if counts["truncated"]:
+        text += f"{count(counts['truncated'], 'answer')} cut, {count(counts['tokens_cut'], 'token')} lost"
+    else:
+        text += "none cut"
+    if counts["prompts_trimmed"]:
+        text += f", {count(counts['prompts_trimmed'], 'prompt')} lost their beginning"
+    return text
+
+
+def repeat(examples: Sequence[Example], weights: Sequence[float], seed: int) -> list[Example]:
+    """Each source's examples `weight` times, in order: whole copies, and a seeded choice for the fraction."""
+    if all(weight == 1 for weight in weights):
+        return list(examples)
+    times = [0] * len(examples)
+    for number, weight in enumerate(weights):
+        own = [position for position, example in enumerate(examples) if example.source == number]
+        chosen = set(random.Random(seed).sample(own, round(len(own) * (weight % 1))))
+        for position in own:
+            times[position] = int(weight) + (position in chosen)
+    return [example for example, copies in zip(examples, times, strict=True) for _ in range(copies)]
+
+
+def show_group(tokenizer: PreTrainedTokenizerBase, group: Group) -> str:
+    """The group's text as the model reads it; what is learned stands in ⟦ ⟧."""
+    parts = [_shorten(str(tokenizer.decode(group.prompt)))]
+    names = ["chosen", *["rejected"] * (len(group.completions) - 1)] if len(group.completions) > 1 else [""]
+    for name, completion in zip(names, group.completions, strict=True):
+        parts.append(f"\n{name}: " if name else "")
+        parts.append(_show_completion(tokenizer, completion))
+    return "".join(parts)
+
+
+def _show_completion(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
+    borders = np.flatnonzero(np.diff(completion.targets)) + 1
+    text = ""
+    for ids, targets in zip(np.split(completion.ids, borders), np.split(completion.targets, borders), strict=True):
+        stretch = _shorten(str(tokenizer.decode(ids)))
+        text += f"⟦{stretch}⟧" if targets[0] else stretch
+    return text
+
+
+def _shorten(text: str) -> str:
+    half = _SHOWN_LETTERS // 2
+    return text if len(text) <= 2 * half else f"{text[:half]} … {text[-half:]}"

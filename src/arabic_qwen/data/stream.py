@@ -1,0 +1,69 @@
+"""Training data that is read as training goes on, for sets larger than memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from arabic_qwen.data.bad_rows import BadRow, BadRows
+from arabic_qwen.data.dataset import GroupDataset, describe_counts
+from arabic_qwen.data.readers import Row, Rows
+from arabic_qwen.errors import DatasetError
+
+#: Rows that are shuffled and packed together; all that is in memory.
+WINDOW = 10_000
+
+
+class GroupStream:
+    """Windows of encoded examples, over and over; every process gets the same ones.
+
+    Args:
+        read: opens the rows from their beginning.
+        encode: checks and encodes a window of rows.
+        bad_rows: where it puts the rows that cannot be used.
+    """
+
+    def __init__(
+        self, read: Callable[[], Rows], encode: Callable[[list[Row | BadRow]], GroupDataset], bad_rows: BadRows
+    ):
+        self._read = read
+        self._encode = encode
+        self._bad_rows = bad_rows
+        self.counts: dict[str, int] = {}
+
+    def windows(self, start: dict[str, Any]) -> Iterator[tuple[dict[str, Any], GroupDataset]]:
+        """(place, window) from `start` on, a place or {}.
+
+        A place is what JSON can hold: `pass` and `window` count from 0, `counts` and `bad_rows` are of all windows before.
+
+        Raises:
+            DatasetError: the rows cannot be read or encoded, or there are none to train on.
+        """
+        self.counts = dict(start.get("counts", {}))
+        if start:
+            self._bad_rows.restore(start["bad_rows"])
+        first = start.get("window", 0)
+        for number in itertools.count(start.get("pass", 0)):
+            empty = first == 0
+            rows = itertools.islice(self._read(), first * WINDOW, None)
+            for window in itertools.count(first):
+                chunk = list(itertools.islice(rows, WINDOW))
+                if not chunk:
+                    break
+                place = {"pass": number, "window": window, "counts": dict(self.counts)}
+                place["bad_rows"] = self._bad_rows.places
+                dataset = self._encode(chunk)
+                if len(dataset):
+                    empty = False
+                    for name, count in dataset.counts().items():
+                        before = self.counts.get(name, 0)
+                        self.counts[name] = max(before, count) if name == "longest" else before + count
+                    yield place, dataset
+            if empty:
+                raise DatasetError("no rows are left to train on")
+            first = 0
+
+    def summary(self) -> str:
+        """One line on what was read, for the model card."""
+        return f"streamed, {describe_counts(self.counts)}" if self.counts else "streamed"
