@@ -290,7 +290,7 @@ class TestTrain:
             create_sft_trainer(config).train()
 
     def test_bf16_without_support(self, config, monkeypatch):
-        monkeypatch.setattr("arabic_qwen.models.loading._processor_has_bf16", lambda: False)
+        monkeypatch.setattr("arabic_qwen.models.precision._processor_has_bf16", lambda: False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         config.bf16 = True
         with pytest.raises(ConfigurationError, match="bf16"):

@@ -28,7 +28,7 @@ def _check_callback(value: Any) -> Any:
 
 Callback = Annotated[Any, BeforeValidator(_check_callback)]
 TorchDtype = Annotated[
-    Literal["bfloat16", "float16", "float32"],
+    Literal["auto", "bfloat16", "float16", "float32"],
     BeforeValidator(lambda v: str(v).removeprefix("torch.")),  # torch.bfloat16 itself is accepted too
 ]
 
@@ -75,11 +75,14 @@ class BaseConfig(BaseModel):
     max_seq_length: int = Field(
         512, ge=8, description="Longest sequence, in tokens; longer ones are cut at the end and counted"
     )
-    torch_dtype: TorchDtype = Field("bfloat16", description="Precision of frozen weights and of computation")
+    torch_dtype: TorchDtype = Field(
+        "bfloat16",
+        description="Precision of frozen weights and of computation; auto: the best that the device computes fast",
+    )
     bf16: bool = Field(False, description="Compute in bfloat16 whatever torch_dtype says")
     fp16: bool = Field(False, description="Compute in float16 whatever torch_dtype says (CUDA only)")
-    load_in_4bit: bool = Field(False, description="NF4-quantised base model (CUDA and bitsandbytes)")
-    load_in_8bit: bool = Field(False, description="int8-quantised base model (CUDA and bitsandbytes)")
+    load_in_4bit: bool = Field(False, description="NF4-quantised base model (needs bitsandbytes)")
+    load_in_8bit: bool = Field(False, description="int8-quantised base model (needs CUDA and bitsandbytes)")
     use_flash_attention: bool = Field(
         True, description="Variable-length flash attention on CUDA; false: PyTorch SDPA per sequence"
     )

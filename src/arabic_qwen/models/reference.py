@@ -19,8 +19,9 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 
 from arabic_qwen.data.packing import Group
-from arabic_qwen.models.loading import is_adapter, load_model
+from arabic_qwen.models.loading import load_model
 from arabic_qwen.models.scoring import score_completions
+from arabic_qwen.models.sources import is_adapter
 
 logger = logging.getLogger(__name__)
 

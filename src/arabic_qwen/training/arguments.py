@@ -15,7 +15,7 @@ from transformers.integrations import get_available_reporting_integrations
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.data.loaders import data_seed
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.models.loading import compute_dtype
+from arabic_qwen.models.precision import compute_dtype
 
 # transformers is renaming its argument.
 _CHECKPOINTING = next(

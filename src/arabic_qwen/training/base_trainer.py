@@ -21,7 +21,7 @@ from arabic_qwen.config import BaseConfig, SFTConfig, load_config
 from arabic_qwen.data.loaders import DataLoader, GroupDataset, SFTDataLoader, to_padded
 from arabic_qwen.data.templates import set_template, stop_token_ids
 from arabic_qwen.errors import ConfigurationError, DatasetError, TrainingError
-from arabic_qwen.models import loading
+from arabic_qwen.models import adapters, loading, precision, sources
 from arabic_qwen.models.reference import precompute, reference_policy
 from arabic_qwen.training import checkpoints
 from arabic_qwen.training.arguments import Schedule, resolve_schedule, training_arguments
@@ -100,9 +100,9 @@ class BaseTrainer(GenerationMixin):
 
     def _inherit_prompt_format(self, model_path: str, keep: set[str]) -> BaseConfig | None:
         """Take over how an earlier run's output was prompted, but for the fields in `keep`; give that run's settings."""
-        if not loading.is_run_output(model_path):
+        if not sources.is_run_output(model_path):
             return None
-        saved = load_config(Path(model_path, loading.RUN_CONFIG))
+        saved = load_config(Path(model_path, sources.RUN_CONFIG))
         for name in {"instruction_template", "response_template", "system_prompt"} - keep:
             setattr(self.config, name, getattr(saved, name))
         return saved
@@ -165,7 +165,11 @@ class BaseTrainer(GenerationMixin):
             self._load(trainable=True)
 
     def _load(self, trainable: bool) -> None:
-        self.model = loading.load_model(self._source, self._validated(), trainable=trainable)
+        config = self._validated()
+        _, reason = precision.explained_dtype(config)
+        if reason:
+            self.logger.log(logging.INFO if config.torch_dtype == "auto" else logging.WARNING, reason)
+        self.model = loading.load_model(self._source, config, trainable=trainable)
         self._model_is_trainable = trainable
         self._reference = None  # of generate_comparison()
         if trainable:
@@ -180,7 +184,7 @@ class BaseTrainer(GenerationMixin):
             self.tokenizer = loading.load_tokenizer(self._source)
             saved = self.tokenizer.chat_template
             set_template(self.tokenizer, self.config.instruction_template, self.config.response_template)
-            if loading.is_run_output(self._source) and self.tokenizer.chat_template != saved:
+            if sources.is_run_output(self._source) and self.tokenizer.chat_template != saved:
                 self.logger.warning("instruction_template: %s was trained with another prompt format", self._source)
             self._setup_padding_token()
 
@@ -214,7 +218,7 @@ class BaseTrainer(GenerationMixin):
         if isinstance(self.model, PeftModel):
             self.logger.warning("%s has adapters, which training goes on with; lora_* are theirs", self._source)
             return
-        self.model = loading.add_lora(self.model, self.config)
+        self.model = adapters.add_lora(self.model, self.config)
 
     def get_data_loader(self) -> DataLoader:
         """The data loader of the training method; methods that are not ours read supervised data."""
@@ -296,8 +300,8 @@ class BaseTrainer(GenerationMixin):
             reference = reference_policy(self.model, self._start, config)
             if config.precompute_reference:
                 cache = Path(config.resolved_output_dir)
-                dtype = loading.compute_dtype(config)
-                with torch.autocast(loading.device().type, dtype, enabled=dtype is not torch.float32):
+                dtype = precision.compute_dtype(config)
+                with torch.autocast(precision.device().type, dtype, enabled=dtype is not torch.float32):
                     for split in dataset.values():
                         split.groups = precompute(split.groups, self.model, reference, cache, token_budget)
         return PackedTrainer(
@@ -335,16 +339,16 @@ class BaseTrainer(GenerationMixin):
         config = self._validated()
         folder = Path(output_dir or config.resolved_output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder, **loading.own_adapter_only(self.model))
+        self.model.save_pretrained(folder, **adapters.own_adapter_only(self.model))
         merge = config.merge_and_save and isinstance(self.model, PeftModel)
         if merge:
-            merged = loading.merged_copy(self.model, config, folder)
+            merged = loading.merged_copy(config, folder)
             for adapter_file in folder.glob("adapter_*"):
                 adapter_file.unlink()
             merged.generation_config = self.model.generation_config
             merged.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        config.model_copy(update={"output_dir": str(folder)}).to_yaml(folder / loading.RUN_CONFIG)
+        config.model_copy(update={"output_dir": str(folder)}).to_yaml(folder / sources.RUN_CONFIG)
         adapter = isinstance(self.model, PeftModel) and not merge
         card = model_card(config, self.metrics, self._data_summary(), adapter=adapter)
         (folder / "README.md").write_text(card, encoding="utf-8")
