@@ -13,10 +13,11 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from arabic_qwen.config import SFTConfig
-from arabic_qwen.errors import ModelLoadError
+from arabic_qwen.errors import ConfigurationError, ModelLoadError
 from arabic_qwen.models import sources
 from arabic_qwen.models.loading import load_model, load_tokenizer
 from arabic_qwen.models.sources import EMBEDDED_MODEL, locate_model, resolve_model_name
+from arabic_qwen.training.base_trainer import BaseTrainer
 
 FLOAT32 = SFTConfig(torch_dtype="float32")
 
@@ -154,6 +155,31 @@ class TestTokenizers:
         (folder / file).write_text("{")
         with pytest.raises(ModelLoadError, match=f"{folder}/{file}: cannot be read"):
             load_tokenizer(str(folder))
+
+    @pytest.mark.parametrize(
+        ("generation", "model", "expected"),
+        [({"eos_token_id": [2, 0]}, {"eos_token_id": 0}, "<|im_end|>"), ({}, {"eos_token_id": 2}, "<|im_end|>")],
+    )
+    def test_end_token_of_the_configuration(self, folder, generation, model, expected):
+        edit(folder / "tokenizer_config.json", eos_token=None)
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+        edit(folder / "config.json", **model)
+        assert load_tokenizer(str(folder)).eos_token == expected
+
+    def test_no_end_token(self, folder):
+        edit(folder / "tokenizer_config.json", eos_token=None, unk_token=None)
+        (folder / "generation_config.json").unlink()
+        edit(folder / "config.json", eos_token_id=None)
+        with pytest.raises(
+            ConfigurationError, match=f"{folder}: the tokenizer has neither an end nor an unknown token"
+        ):
+            BaseTrainer(SFTConfig(model_name=str(folder))).setup_model_and_tokenizer()
+
+    def test_no_chat_template(self, folder):
+        with pytest.raises(
+            ConfigurationError, match=r"instruction_template: 'tokenizer' needs .* use chatml or alpaca"
+        ):
+            BaseTrainer(SFTConfig(model_name=str(folder), instruction_template="tokenizer")).setup_model_and_tokenizer()
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -1,11 +1,12 @@
-"""LoRA adapters on a model."""
+"""LoRA adapters on a model, and token rows that its embedding lacks."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
 
 from arabic_qwen.config import BaseConfig
@@ -14,6 +15,8 @@ from arabic_qwen.errors import ConfigurationError
 
 def add_lora(model: PreTrainedModel, config: BaseConfig) -> PeftModel:
     """Wrap the model in new LoRA adapters with float32 weights, initialised from `config.seed`.
+
+    Rows that :func:`grow_embedding` added are trained and saved with the adapters.
 
     Raises:
         ConfigurationError: `lora_target_modules` names no linear layer of this model.
@@ -35,11 +38,49 @@ def add_lora(model: PreTrainedModel, config: BaseConfig) -> PeftModel:
         target_modules=targets,
         bias=config.lora_bias,
         task_type=config.lora_task_type,
+        trainable_token_indices=_new_rows(model),
     )
     set_seed(config.seed)
-    return get_peft_model(model, lora)
+    return _saving_its_own(get_peft_model(model, lora))
 
 
-def own_adapter_only(model: Any) -> dict[str, Any]:
-    """Arguments for `save_pretrained` that leave out the adapters of a reference policy."""
-    return {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
+def load_adapter(model: PreTrainedModel, path: str, *, trainable: bool = False) -> PeftModel:
+    """Put a saved adapter on its base model, which gets the token rows that the adapter was trained with."""
+    rows: Any = PeftConfig.from_pretrained(path).to_dict().get("trainable_token_indices") or {}
+    grow_embedding(model, 1 + max((index for indices in rows.values() for index in indices), default=-1))
+    return _saving_its_own(PeftModel.from_pretrained(model, path, is_trainable=trainable))
+
+
+def _saving_its_own(model: PeftModel) -> PeftModel:
+    """Checkpoints hold the policy's adapter: not a reference's, not the embedding; and no hub is asked."""
+    own = functools.partial(model.save_pretrained, selected_adapters=["default"], save_embedding_layers=False)
+    model.save_pretrained = own  # type: ignore[method-assign]
+    return model
+
+
+@torch.no_grad()
+def grow_embedding(model: Any, rows: int) -> int:
+    """Give embedding and head at least `rows` rows; an embedding that is larger already stays as it is.
+
+    A new row is the mean of the old ones, so that each load of the model starts from the same.
+
+    Returns:
+        How many rows were added.
+    """
+    old = model.get_input_embeddings().weight.shape[0]
+    if rows <= old:
+        return 0
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        weight: Any = layer.weight
+        weight[old:] = weight[:old].float().mean(0).to(weight.dtype)
+    model.rows_before_growth = old
+    return rows - old
+
+
+def _new_rows(model: PreTrainedModel) -> dict[str, list[int]] | None:
+    old: int | None = getattr(model, "rows_before_growth", None)
+    if old is None:
+        return None
+    layers = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
+    return {layer: list(range(old, model.config.vocab_size)) for layer in layers}

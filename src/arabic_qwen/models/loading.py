@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ModelLoadError
+from arabic_qwen.models.adapters import load_adapter
 from arabic_qwen.models.precision import compute_dtype, device, keep_quantized_layout, quantization
 from arabic_qwen.models.scoring import enable_packed_forward
 from arabic_qwen.models.sources import is_adapter, load_error, locate_model, read_json, resolve_model_name
@@ -32,9 +34,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         for file in sorted(Path(path).glob("tokenizer*.json")):
             read_json(file)  # names the file that is damaged
         raise load_error(name, "tokenizer", error) from error
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = _end_token(path, tokenizer)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of no files at all
         raise ModelLoadError(f"{name}: has no tokenizer.json; copy the tokenizer's files from where the model is from")
     return tokenizer
+
+
+def _end_token(path: str, tokenizer: Any) -> str | None:
+    """The token that the model's configuration says it ends with, for a tokenizer that does not say."""
+    for file in ("generation_config.json", "config.json"):
+        found = cached_file(path, file, _raise_exceptions_for_missing_entries=False)
+        ids = read_json(Path(found)).get("eos_token_id") if found else None
+        if ids not in (None, []):
+            return tokenizer.convert_ids_to_tokens(ids[0] if isinstance(ids, list) else ids)
+    return None
 
 
 def load_model(name: str, config: BaseConfig, *, trainable: bool) -> PreTrainedModel | PeftModel:
@@ -61,7 +75,7 @@ def load_model(name: str, config: BaseConfig, *, trainable: bool) -> PreTrainedM
     base = _locate_base(name, path)
     model = _load_weights(base, base, dtype, config, quantized)
     try:
-        adapted = PeftModel.from_pretrained(model, path, is_trainable=trainable and config.use_lora)
+        adapted = load_adapter(model, path, trainable=trainable and config.use_lora)
     except Exception as error:
         raise load_error(name, "adapter", error) from error
     # PEFT has frozen the base model.
@@ -114,4 +128,4 @@ def merged_copy(config: BaseConfig, adapter_dir: str | os.PathLike) -> PreTraine
     base = _locate_base(adapter, adapter)
     dtype = config.torch_dtype if config.torch_dtype == "auto" else getattr(torch, config.torch_dtype)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True)
-    return PeftModel.from_pretrained(plain, adapter).merge_and_unload()
+    return load_adapter(plain, adapter).merge_and_unload()

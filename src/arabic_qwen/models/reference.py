@@ -19,6 +19,7 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 
 from arabic_qwen.data.packing import Group
+from arabic_qwen.models.adapters import grow_embedding
 from arabic_qwen.models.loading import load_model
 from arabic_qwen.models.scoring import score_completions
 from arabic_qwen.models.sources import is_adapter
@@ -69,12 +70,19 @@ def reference_policy(model: Any, source: str, config: Any) -> Reference:
     a second copy of the adapters of an earlier run, or a second copy of the model for full fine-tuning and where biases
     of the base model are trained.
     """
+    rows = model.get_input_embeddings().weight.shape[0]
+
+    def load(name: str, trainable: bool) -> torch.nn.Module:
+        other = load_model(name, config, trainable=trainable)
+        grow_embedding(other, rows)
+        return other
+
     name = getattr(config, "ref_model_name", None)
     if name:
-        return OtherModel(lambda: load_model(name, config, trainable=False))
+        return OtherModel(lambda: load(name, trainable=False))
     if not isinstance(model, PeftModel) or _trains_biases(model):
         # Loaded as the policy is, so that both round alike and the first margin is 0.
-        return OtherModel(lambda: load_model(source, config, trainable=not config.use_lora))
+        return OtherModel(lambda: load(source, trainable=not config.use_lora))
     if is_adapter(source):
         return earlier_adapter(model, source)
     return adapters_off

@@ -191,7 +191,7 @@ class BaseTrainer(GenerationMixin):
     def _setup_padding_token(self) -> None:
         """Pad with the end token if there is no pad token, end with the unknown token if there is no end token.
 
-        Grows the embedding where the tokenizer has more tokens than it.
+        Grows the embedding where the tokenizer has more tokens than it; adapters are trained with the new rows.
 
         Raises:
             ConfigurationError: the tokenizer has neither.
@@ -200,13 +200,15 @@ class BaseTrainer(GenerationMixin):
         if tokenizer.eos_token is None:
             if tokenizer.unk_token is None:
                 raise ConfigurationError(
-                    f"{self.config.model_name}: the tokenizer has neither an end nor an unknown token"
+                    f"{self._source}: the tokenizer has neither an end nor an unknown token; "
+                    "set eos_token in its tokenizer_config.json"
                 )
             tokenizer.eos_token = tokenizer.unk_token
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        if self.model is not None and len(tokenizer) > self.model.get_input_embeddings().num_embeddings:
-            self.model.resize_token_embeddings(len(tokenizer))
+        added = adapters.grow_embedding(self.model, len(tokenizer)) if self.model is not None else 0
+        if added:
+            self.logger.info("%d tokens are new to the model; they start as the mean of the others", added)
 
     def setup_lora(self) -> None:
         """Add LoRA adapters to the model; one that has adapters already (an earlier output) goes on with those.
@@ -339,7 +341,7 @@ class BaseTrainer(GenerationMixin):
         config = self._validated()
         folder = Path(output_dir or config.resolved_output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder, **adapters.own_adapter_only(self.model))
+        self.model.save_pretrained(folder)
         merge = config.merge_and_save and isinstance(self.model, PeftModel)
         if merge:
             merged = loading.merged_copy(config, folder)

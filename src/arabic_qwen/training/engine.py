@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from arabic_qwen.data.packing import Group, PackedBatch, best_fit_decreasing, micro_batches, pack, with_mismatched
 from arabic_qwen.losses.kto import kto_kl
-from arabic_qwen.models.reference import REFERENCE_ADAPTER, Reference
+from arabic_qwen.models.reference import Reference
 from arabic_qwen.training.objectives import Objective, Scores, Sums, join_scores
 
 
@@ -292,12 +290,6 @@ class PackedTrainer(Trainer):
         """Add to the sums, or only zeros: all ranks must have the same ones when they are reduced."""
         for name, value in self.objective.sums(scores).items():
             self._sums[name] = self._sums.get(name, 0.0) + value * counted
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Checkpoints hold the adapters in training; those of the reference are where training started."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            shutil.rmtree(Path(str(output_dir or self.args.output_dir), REFERENCE_ADAPTER), ignore_errors=True)
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # Trainer's estimate reads padded inputs; tokens per second is logged instead
