@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from arabic_qwen.config import DPOConfig, SFTConfig
 from arabic_qwen.errors import ConfigurationError
@@ -59,6 +60,122 @@ class TestAddLora:
 
         assert torch.equal(adapters(1), adapters(1))
         assert not torch.equal(adapters(1), adapters(2))
+
+
+VARIANTS = [
+    {"use_rslora": True},
+    {"use_dora": True},
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": "olora"},
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "pissa_niter_16"},
+    {"init_lora_weights": "pissa", "use_rslora": True, "lora_bias": "lora_only"},
+]
+
+
+def preference_run(model_dir, tmp_path, output, **values):
+    data = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"{i} {QUESTION}", "chosen": "عاصمة الأردن هي عمّان.", "rejected": "القراءة."} for i in range(6)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DPOConfig(
+        **{
+            "model_name": str(model_dir),
+            "dataset_path": str(data),
+            "output_dir": str(tmp_path / output),
+            "instruction_template": "chatml",
+            "torch_dtype": "float32",
+            "lora_target_modules": "all-linear",
+            "lora_dropout": 0.0,
+            "learning_rate": 2e-3,
+            "max_steps": 4,
+            "save_steps": 2,
+            "eval_steps": 2,
+            "logging_steps": 1,
+            **values,
+        }
+    )
+    trainer = BaseTrainer(config)
+    trainer.train()
+    return trainer
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(5, 25)[None]).logits.float()
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+class TestVariants:
+    @pytest.mark.parametrize("torch_dtype", ["bfloat16", "float32"])
+    def test_first_margin_is_zero(self, model_dir, tmp_path, variant, torch_dtype):
+        trainer = preference_run(model_dir, tmp_path, "run", torch_dtype=torch_dtype, **variant)
+        if (
+            "lora_bias" not in variant or torch_dtype == "float32"
+        ):  # else the reference is the model before decomposition
+            assert trainer.trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+        if "lora_bias" not in variant:
+            assert trainer.trainer.state.log_history[0]["rewards/margins"] == 0
+        assert abs(trainer.metrics["eval_rewards/margins"]) > 1e-3
+
+    def test_saved_loaded_merged_and_continued(self, model_dir, tmp_path, variant):
+        trainer = preference_run(model_dir, tmp_path, "run", load_best_model_at_end=False, **variant)
+        trained, before = (
+            logits_of(trainer.model),
+            logits_of(load_model(str(model_dir), trainer.config, trainable=False)),
+        )
+        assert (trained - before).abs().max() > 0.01
+
+        loaded = BaseTrainer(DPOConfig(torch_dtype="float32"))
+        loaded.load_model(trainer.config.output_dir)
+        close = {"rtol": 1e-3, "atol": 1e-3}
+        torch.testing.assert_close(logits_of(loaded.model), trained, **close)
+        pair = loaded.generate_comparison(QUESTION, max_length=4)
+        untouched = BaseTrainer(
+            DPOConfig(model_name=str(model_dir), torch_dtype="float32", instruction_template="chatml")
+        )
+        assert pair["reference_model_response"] == untouched.predict(QUESTION, max_length=4)
+        torch.testing.assert_close(logits_of(loaded.model.merge_and_unload()), trained, **close)
+
+        checkpoint = load_model(f"{trainer.config.output_dir}/checkpoint-4", trainer.config, trainable=False)
+        torch.testing.assert_close(logits_of(checkpoint), trained, **close)
+
+        merged = preference_run(
+            model_dir, tmp_path, "merged", merge_and_save=True, load_best_model_at_end=False, **variant
+        )
+        whole = load_model(merged.config.output_dir, merged.config, trainable=False)
+        torch.testing.assert_close(logits_of(whole), trained, **close)
+
+        second = preference_run(trainer.config.output_dir, tmp_path, "second")
+        assert second.trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("variant", [{"use_dora": True}, {"init_lora_weights": "pissa_niter_16"}], ids=str)
+def test_resumed_equals_uninterrupted(model_dir, tmp_path, variant):
+    values = {"load_best_model_at_end": False, "evaluation_strategy": "no"} | variant
+    whole = preference_run(model_dir, tmp_path, "whole", **values)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    config = whole.config.model_copy(update={"output_dir": str(tmp_path / "parts")})
+    config.callbacks = [Stop()]
+    BaseTrainer(config).train()
+    (tmp_path / "parts" / "run_summary.json").unlink()
+    config.callbacks = []
+    resumed = BaseTrainer(config)
+    resumed.train()
+    assert resumed.trainer.state.global_step == 4
+    assert torch.equal(logits_of(resumed.model), logits_of(whole.model))
+
+
+@pytest.mark.parametrize("init", ["olora", "pissa", "pissa_niter_16"])
+@pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit", "use_dora"])
+def test_combinations_that_cannot_be(init, key):
+    with pytest.raises(
+        ConfigurationError, match=f"init_lora_weights '{init}' changes the base model's weights, which {key}"
+    ):
+        SFTConfig(init_lora_weights=init, **{key: True})
 
 
 QUESTION = "ما عاصمة الأردن؟"

@@ -94,6 +94,11 @@ class BaseConfig(BaseModel):
     lora_target_modules: list[str] | Literal["all-linear"] = Field(
         ["q_proj", "v_proj"], description="Names of the linear layers that get adapters, or all-linear"
     )
+    use_rslora: bool = Field(False, description="Scale the adapters by alpha / sqrt(r): for high ranks")
+    use_dora: bool = Field(False, description="DoRA: learn the weights' magnitude apart from their direction; slower")
+    init_lora_weights: Literal["default", "gaussian", "pissa", "pissa_niter_16", "olora"] = Field(
+        "default", description="Where adapters start: at zero, or (pissa, olora) from the weights' main components"
+    )
     lora_bias: Literal["none", "all", "lora_only"] = Field("none", description="Biases to train")
     lora_task_type: Literal["CAUSAL_LM"] = Field("CAUSAL_LM", description="PEFT task type")
     merge_and_save: bool = Field(
@@ -171,6 +176,13 @@ class BaseConfig(BaseModel):
             raise ValueError("load_in_4bit and load_in_8bit are both true; set one of them to false")
         if (self.load_in_4bit or self.load_in_8bit) and not self.use_lora:
             raise ValueError("a quantised model can only be trained with adapters; set use_lora to true")
+        if self.init_lora_weights.startswith(("pissa", "olora")):
+            for name in ("load_in_4bit", "load_in_8bit", "use_dora"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"init_lora_weights {self.init_lora_weights!r} changes the base model's weights, which "
+                        f"{name} does not allow; set init_lora_weights to default or {name} to false"
+                    )
         return self
 
     @classmethod

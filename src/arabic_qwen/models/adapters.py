@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, set_seed
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ConfigurationError
 
+# The fast decomposition of pissa_niter_16 is random: with one seed, loading repeats what training began with.
+_DECOMPOSITION_SEED = 0
+
 
 def add_lora(model: PreTrainedModel, config: BaseConfig) -> PeftModel:
     """Wrap the model in new LoRA adapters with float32 weights, initialised from `config.seed`.
 
-    Rows that :func:`grow_embedding` added are trained and saved with the adapters.
+    Rows that :func:`grow_embedding` added are trained and saved with the adapters. Where the model with its adapters
+    switched off is not exactly what it is with new ones, `initial_adapter` of the result keeps the new ones' weights.
 
     Raises:
         ConfigurationError: `lora_target_modules` names no linear layer of this model.
@@ -38,17 +45,59 @@ def add_lora(model: PreTrainedModel, config: BaseConfig) -> PeftModel:
         target_modules=targets,
         bias=config.lora_bias,
         task_type=config.lora_task_type,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
         trainable_token_indices=_new_rows(model),
     )
+    set_seed(_DECOMPOSITION_SEED if takes_from_base(lora) else config.seed)
+    adapted: Any = _saving_its_own(get_peft_model(model, lora))
     set_seed(config.seed)
-    return _saving_its_own(get_peft_model(model, lora))
+    if takes_from_base(lora) or lora.use_dora:  # DoRA's norms round in half precision
+        adapted.initial_adapter = {name: weight.clone() for name, weight in _weights(adapted).items()}
+    return adapted
+
+
+def takes_from_base(lora: Any) -> bool:
+    """Whether new adapters start from the main components of the base's weights, which are taken out of these."""
+    return str(lora.init_lora_weights).startswith(("pissa", "olora"))
+
+
+def _weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    return get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Save the adapter for use on the untouched base model.
+
+    PiSSA's and OLoRA's are saved as ordinary LoRA of twice the rank: with W = W' + s B₀A₀, the trained W' + s BA is
+    W + s [B −B₀][A A₀]ᵀ.
+    """
+    lora: Any = model.peft_config["default"]
+    initial: dict[str, torch.Tensor] | None = getattr(model, "initial_adapter", None)
+    if initial is None or not takes_from_base(lora):
+        model.save_pretrained(str(folder))
+        return
+    weights = _weights(model)
+    for name, weight in weights.items():
+        if "lora_A" in name:
+            weights[name] = torch.cat([weight, initial[name]])
+        elif "lora_B" in name:
+            weights[name] = torch.cat([weight, -initial[name]], dim=1)
+    plain = copy.deepcopy(lora)
+    plain.init_lora_weights, plain.inference_mode, plain.r = True, True, 2 * lora.r
+    plain.lora_alpha = lora.lora_alpha * (2**0.5 if lora.use_rslora else 2)  # the same scale
+    plain.save_pretrained(folder)
+    save_file({name: w.contiguous() for name, w in weights.items()}, folder / "adapter_model.safetensors")
 
 
 def load_adapter(model: PreTrainedModel, path: str, *, trainable: bool = False) -> PeftModel:
     """Put a saved adapter on its base model, which gets the token rows that the adapter was trained with."""
     rows: Any = PeftConfig.from_pretrained(path).to_dict().get("trainable_token_indices") or {}
     grow_embedding(model, 1 + max((index for indices in rows.values() for index in indices), default=-1))
-    return _saving_its_own(PeftModel.from_pretrained(model, path, is_trainable=trainable))
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        torch.manual_seed(_DECOMPOSITION_SEED)  # of a checkpoint with PiSSA: PEFT changes the base again
+        return _saving_its_own(PeftModel.from_pretrained(model, path, is_trainable=trainable))
 
 
 def _saving_its_own(model: PeftModel) -> PeftModel:

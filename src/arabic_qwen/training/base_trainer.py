@@ -341,7 +341,10 @@ class BaseTrainer(GenerationMixin):
         config = self._validated()
         folder = Path(output_dir or config.resolved_output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder)
+        if isinstance(self.model, PeftModel):
+            adapters.save_adapter(self.model, folder)
+        else:
+            self.model.save_pretrained(folder)
         merge = config.merge_and_save and isinstance(self.model, PeftModel)
         if merge:
             merged = loading.merged_copy(config, folder)
