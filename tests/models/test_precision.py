@@ -8,7 +8,7 @@ import torch
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models import precision
-from arabic_qwen.models.precision import compute_dtype, explained_dtype, quantization
+from arabic_qwen.models.precision import compute_dtype, explained_dtype, quantization, restorable
 
 CUDA, CPU = True, False
 
@@ -106,6 +106,29 @@ def test_quantisation(machine, bitsandbytes):
     assert nf4.bnb_4bit_compute_dtype is torch.bfloat16
     machine(CPU, False)
     assert quantization(SFTConfig(load_in_4bit=True)).bnb_4bit_compute_dtype is torch.float32
+
+
+RUN_IN_4BIT = {"torch_dtype": "auto", "load_in_4bit": True}
+RUN_IN_8BIT = {"torch_dtype": "float16", "load_in_8bit": True}
+
+
+@pytest.mark.parametrize(
+    ("cuda", "bf16", "run", "quantized", "expected", "problem"),
+    [
+        (CPU, True, RUN_IN_4BIT, True, RUN_IN_4BIT, ""),
+        (CPU, True, RUN_IN_4BIT, False, {"torch_dtype": "auto"}, ""),
+        (CPU, True, RUN_IN_8BIT, True, {"torch_dtype": "auto"}, "fp16: float16 needs a CUDA device"),
+        (CUDA, False, RUN_IN_8BIT, True, {"torch_dtype": "float16"}, "load_in_8bit: needs a GPU of compute capability"),
+        (CUDA, True, RUN_IN_8BIT, True, RUN_IN_8BIT, ""),
+        (CPU, False, {"bf16": True}, True, {"torch_dtype": "auto"}, "bf16: this processor has no bfloat16"),
+    ],
+)
+def test_restoring_what_a_run_computed_in(machine, bitsandbytes, cuda, bf16, run, quantized, expected, problem):
+    machine(cuda, bf16)
+    bitsandbytes("0.50.2")
+    values, said = restorable(SFTConfig(**run), quantized)
+    assert {name: value for name, value in values.items() if value} == expected
+    assert said.startswith(problem) and bool(said) == bool(problem)
 
 
 def test_two_precisions_at_once():

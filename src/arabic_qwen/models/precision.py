@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from importlib.metadata import version
 from typing import Any
@@ -13,6 +14,10 @@ from transformers import BitsAndBytesConfig
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ConfigurationError
+
+#: Settings that belong together.
+PRECISION = ("torch_dtype", "bf16", "fp16")
+QUANTIZATION = ("load_in_4bit", "load_in_8bit")
 
 _BITSANDBYTES = "0.49"  # as in the extra `quantization`
 
@@ -99,6 +104,8 @@ def quantization(config: BaseConfig) -> BitsAndBytesConfig | None:
         raise ConfigurationError(
             f"{key}: bitsandbytes {version('bitsandbytes')} is too old; pip install -U 'bitsandbytes>={_BITSANDBYTES}'"
         )
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # an optional kernel that is missing; a cast in each layer
     if config.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -109,11 +116,34 @@ def quantization(config: BaseConfig) -> BitsAndBytesConfig | None:
     )
 
 
+def restorable(saved: BaseConfig, quantized: bool) -> tuple[dict[str, Any], str]:
+    """The precision and quantisation of an earlier run, as far as this machine offers them.
+
+    Args:
+        saved: the run's configuration.
+        quantized: False for a whole model, which was merged into an unquantised base.
+
+    Returns:
+        The settings by name, and why they are not the run's own, or "".
+    """
+    plain = dict.fromkeys(QUANTIZATION, False)
+    values = {name: getattr(saved, name) for name in (*PRECISION, *QUANTIZATION)} | ({} if quantized else plain)
+    problem = ""
+    for attempt in (values, values | plain):
+        config = saved.model_copy(update=attempt)
+        try:
+            compute_dtype(config)
+            quantization(config)
+            return attempt, problem
+        except ConfigurationError as error:
+            problem = problem or str(error)
+    return {"torch_dtype": "auto", "bf16": False, "fp16": False, **plain}, problem
+
+
 def keep_quantized_layout(model: Any) -> None:
     """Stop bitsandbytes on processors from repacking 4-bit weights when it first evaluates.
 
-    No gradient passes through the repacked weights, so that training after an evaluation would silently learn nothing
-    in the layers below.
+    Training cannot go on with repacked weights, nor could a preference method, whose reference is such an evaluation.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

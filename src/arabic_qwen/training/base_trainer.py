@@ -107,6 +107,19 @@ class BaseTrainer(GenerationMixin):
             setattr(self.config, name, getattr(saved, name))
         return saved
 
+    def _inherit_precision(self, model_path: str, saved: BaseConfig) -> None:
+        """Compute as the run that wrote `model_path` did, where the configuration and this machine leave that open."""
+        quantized = sources.is_adapter(model_path) and self.config.use_lora
+        values, problem = precision.restorable(saved, quantized)
+        if problem:
+            self.logger.warning("%s: not loaded as it was trained (%s)", model_path, problem)
+        given = self._validated().model_fields_set
+        for names in (precision.PRECISION, precision.QUANTIZATION):
+            if given.isdisjoint(names):
+                for name in sorted(names, key=lambda name: values[name] is True):  # not both quantisations at once
+                    setattr(self.config, name, values[name])
+                    given.discard(name)
+
     # ---------------------------------------------------------------- the pipeline
 
     def train(self) -> None:
@@ -368,13 +381,16 @@ class BaseTrainer(GenerationMixin):
     def load_model(self, model_path: str) -> None:
         """Load a model or adapter to generate, to evaluate, or to train on.
 
-        From the output folder of an earlier run its prompt format and system prompt are restored too.
+        From the output folder of an earlier run its prompt format and system prompt are restored too; so are precision
+        and quantisation, unless this configuration sets them or this machine lacks them.
 
         Raises:
             ModelLoadError: it cannot be loaded.
         """
         saved = self._inherit_prompt_format(model_path, keep=set())
         self._start = saved.model_name if saved else self.config.model_name
+        if saved:
+            self._inherit_precision(model_path, saved)
         self.tokenizer, self.trainer = None, None
         self._loaded_from = model_path
         self._setup_tokenizer()
