@@ -137,7 +137,9 @@ class BaseConfig(BaseModel):
     )
 
     logging_steps: int = Field(10, ge=1, description="Steps between log lines")
-    report_to: str | list[str] = Field("none", description="Also log to wandb, tensorboard, mlflow …")
+    report_to: str | list[str] = Field(
+        "none", description="Also log to wandb, tensorboard or mlflow (extras of these names)"
+    )
     run_name: str | None = Field(None, description="Name of the run in those services")
     callbacks: list[Callback] = Field(
         default_factory=list, exclude=True, description="Further transformers.TrainerCallback objects (Python only)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from transformers import PreTrainedModel, set_seed
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ConfigurationError
+
+# PEFT's business, not the user's.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 # The fast decomposition of pissa_niter_16 is random: with one seed, loading repeats what training began with.
 _DECOMPOSITION_SEED = 0

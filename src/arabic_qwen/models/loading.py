@@ -103,6 +103,8 @@ def _load_weights(name: str, path: str, dtype: torch.dtype, config: BaseConfig, 
             "download or copy it again"
         )
     model.name_or_path = resolve_model_name(name)  # for adapters' records: not the hub's cache
+    if model.config.tie_word_embeddings:
+        model._keys_to_ignore_on_save = ["lm_head.weight"]  # or Trainer warns that its checkpoints lack it
     enable_packed_forward(model, use_flash=config.use_flash_attention)
     if quantized:
         keep_quantized_layout(model)

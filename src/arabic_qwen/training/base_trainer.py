@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations import MLflowCallback
+from transformers.utils.logging import disable_progress_bar
 
 from arabic_qwen.config import BaseConfig, SFTConfig, load_config
 from arabic_qwen.data.loaders import DataLoader, GroupDataset, SFTDataLoader, to_padded
@@ -66,6 +69,8 @@ class BaseTrainer(GenerationMixin):
         self.config = config
         self._validated()
         self.logger = logging.getLogger(self.__class__.__name__)
+        if not sys.stderr.isatty():
+            disable_progress_bar()
         self.model: Any = None  # PreTrainedModel, or PeftModel around one
         self.tokenizer: Any = None  # PreTrainedTokenizerBase
         self.trainer: Trainer | None = None
@@ -146,6 +151,8 @@ class BaseTrainer(GenerationMixin):
         self.setup_model_and_tokenizer()
         if self.config.use_lora:
             self.setup_lora()
+        elif config.learning_rate > 1e-4:
+            self.logger.warning("learning_rate: %g suits adapters; all weights usually take 1e-5", config.learning_rate)
         self.dataset = self.load_and_validate_dataset()
         training_args = self.get_training_arguments()
         callbacks = self.get_callbacks()
@@ -156,6 +163,7 @@ class BaseTrainer(GenerationMixin):
             self.logger.warning("Going on from %s", checkpoint)
         result = self.trainer.train(resume_from_checkpoint=checkpoint)
 
+        self.trainer.remove_callback(MLflowCallback)  # its run has ended; the evaluation would start another
         if "validation" in self.dataset:
             self.evaluate()
         self.save_model()
@@ -265,10 +273,10 @@ class BaseTrainer(GenerationMixin):
         Raises:
             ConfigurationError: transformers refuses a value, or a package that it needs is missing.
         """
-        schedule = self._schedule()
+        config, schedule = self._validated(), self._schedule()
         if schedule.changes:
             self.logger.warning("Resolved: %s", "; ".join(schedule.changes))
-        return training_arguments(self._validated(), schedule)
+        return training_arguments(config, schedule)
 
     def _schedule(self) -> Schedule:
         config = self._validated()
