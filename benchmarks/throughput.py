@@ -40,7 +40,8 @@ from trl.experimental.cpo import CPOTrainer as TRLCPOTrainer
 from arabic_qwen.config import METHOD_CONFIGS, BaseConfig
 from arabic_qwen.data.loaders import GroupDataset
 from arabic_qwen.data.packing import Completion, Group
-from arabic_qwen.models.loading import compute_dtype, device, resolve_model_name
+from arabic_qwen.models.precision import compute_dtype, device
+from arabic_qwen.models.sources import resolve_model_name
 from arabic_qwen.training.base_trainer import BaseTrainer
 
 SORTED = "padded, sorted by length"

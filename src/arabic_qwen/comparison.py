@@ -9,7 +9,7 @@ from pathlib import Path
 
 from arabic_qwen.config import load_config
 from arabic_qwen.errors import ConfigurationError, DatasetError
-from arabic_qwen.models.loading import RUN_CONFIG, is_run_output
+from arabic_qwen.models.sources import RUN_CONFIG, is_run_output
 from arabic_qwen.training.base_trainer import BaseTrainer
 
 _SIDES = {"trained": "trained_model_response", "reference": "reference_model_response"}

@@ -7,7 +7,7 @@ from typing import Any
 
 from arabic_qwen.config import DPOConfig, SFTConfig
 from arabic_qwen.data.conversations import to_conversation
-from arabic_qwen.models.loading import EMBEDDED_MODEL
+from arabic_qwen.models.sources import EMBEDDED_MODEL
 from arabic_qwen.training.dpo_trainer import DPOTrainer
 from arabic_qwen.training.report import METRICS_FILE, read_metrics
 from arabic_qwen.training.sft_trainer import SFTTrainer

@@ -289,8 +289,31 @@ class TestTrain:
         with pytest.raises(error, match=value):
             create_sft_trainer(config).train()
 
+    @pytest.mark.parametrize("name", ["mlflow", "tensorboard", "wandb"])
+    def test_reporting_without_its_package(self, config, monkeypatch, name):
+        monkeypatch.setattr("arabic_qwen.training.arguments.get_available_reporting_integrations", lambda: [])
+        config.report_to = ["none", name]
+        with pytest.raises(
+            ConfigurationError, match=rf"report_to: {name} is not installed; pip install 'arabic-qwen\[{name}"
+        ):
+            BaseTrainer(config).get_training_arguments()
+
+    def test_unknown_reporting(self, config):
+        config.report_to = "wandbb"
+        with pytest.raises(ConfigurationError, match=r"report_to: 'wandbb' is unknown; choose from none, .*, wandb"):
+            BaseTrainer(config).get_training_arguments()
+
+    @pytest.mark.parametrize(
+        ("use_lora", "rate", "said"), [(False, 2e-4, True), (False, 1e-5, False), (True, 2e-4, False)]
+    )
+    def test_learning_rate_of_adapters_for_all_weights(self, config, caplog, use_lora, rate, said):
+        config.use_lora, config.learning_rate = use_lora, rate
+        with caplog.at_level(logging.WARNING):
+            BaseTrainer(config).train()
+        assert ("learning_rate: 0.0002 suits adapters" in caplog.text) == said
+
     def test_bf16_without_support(self, config, monkeypatch):
-        monkeypatch.setattr("arabic_qwen.models.loading._processor_has_bf16", lambda: False)
+        monkeypatch.setattr("arabic_qwen.models.precision._processor_has_bf16", lambda: False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         config.bf16 = True
         with pytest.raises(ConfigurationError, match="bf16"):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.packing import pack
-from arabic_qwen.models.loading import add_lora
+from arabic_qwen.models.adapters import add_lora
 from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.engine import _StepSampler
 

@@ -69,6 +69,23 @@ def config(model_dir, sft_file, tmp_path):
     )
 
 
+def pairs_config(config_class, model_dir, tmp_path, **values):
+    rows = [{"prompt": f"سؤال رقم {i}؟", "chosen": f"جواب {i}.", "rejected": "لا أدري."} for i in range(32)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return config_class(
+        model_name=str(model_dir),
+        dataset_path=str(data),
+        output_dir=str(tmp_path / "run"),
+        instruction_template="chatml",
+        lora_target_modules="all-linear",
+        learning_rate=2e-3,
+        num_train_epochs=5,
+        per_device_train_batch_size=8,
+        **values,
+    )
+
+
 def losses(config):
     trainer = BaseTrainer(config)
     trainer.train()
@@ -106,10 +123,60 @@ def test_quantised_base(config, key):
     setattr(config, key, True)
     values, trainer = losses(config)
     assert values[-1] < 0.8 * values[0]
-    loaded = BaseTrainer(config)
+    loaded = BaseTrainer(SFTConfig())
     loaded.load_model(config.output_dir)
+    assert getattr(loaded.config, key)
+    assert getattr(loaded.model, key.replace("load", "is_loaded"))
     rows = config.dataset_path
     assert loaded.evaluate(rows)["eval_loss"] == pytest.approx(trainer.evaluate(rows)["eval_loss"], rel=2e-2)
+    config.merge_and_save, config.output_dir = True, config.output_dir + "-merged"
+    _, trainer = losses(config)
+    merged = BaseTrainer(SFTConfig())
+    merged.load_model(config.output_dir)
+    assert not getattr(merged.config, key)
+    assert merged.evaluate(rows)["eval_loss"] == pytest.approx(trainer.evaluate(rows)["eval_loss"], rel=0.1)
+
+
+def test_auto_precision(config):
+    config.torch_dtype = "auto"
+    values, trainer = losses(config)
+    assert values[-1] < 0.7 * values[0]
+    expected = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    assert trainer.model.get_input_embeddings().weight.dtype is expected
+
+
+VARIANTS = [
+    {"use_rslora": True},
+    {"use_dora": True},
+    {"use_dora": True, "load_in_4bit": True},
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "pissa_niter_16"},
+    {"init_lora_weights": "olora"},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_variants_of_lora(config, variant):
+    if variant.get("load_in_4bit") and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("needs bitsandbytes")
+    for name, value in variant.items():
+        setattr(config, name, value)
+    config.learning_rate = 1e-3
+    values, trainer = losses(config)
+    assert values[-1] < values[0]
+    loaded = BaseTrainer(SFTConfig())
+    loaded.load_model(config.output_dir)
+    rows = config.dataset_path
+    assert loaded.evaluate(rows)["eval_loss"] == pytest.approx(trainer.evaluate(rows)["eval_loss"], rel=5e-2)
+
+
+@pytest.mark.parametrize("variant", [{}, *VARIANTS], ids=str)
+def test_first_margin_is_zero(model_dir, tmp_path, variant):
+    if variant.get("load_in_4bit") and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("needs bitsandbytes")
+    trainer = BaseTrainer(pairs_config(DPOConfig, model_dir, tmp_path, lora_dropout=0.0, logging_steps=1, **variant))
+    trainer.train()
+    assert trainer.trainer.state.log_history[0]["rewards/margins"] == 0
 
 
 @pytest.mark.parametrize("config_class", [DPOConfig, KTOConfig, CPOConfig])
@@ -117,22 +184,8 @@ def test_quantised_base(config, key):
 def test_preferences(model_dir, tmp_path, config_class, load_in_4bit):
     if load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("needs bitsandbytes")
-    rows = [{"prompt": f"سؤال رقم {i}؟", "chosen": f"جواب {i}.", "rejected": "لا أدري."} for i in range(32)]
-    data = tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    config = config_class(
-        model_name=str(model_dir),
-        dataset_path=str(data),
-        output_dir=str(tmp_path / "run"),
-        instruction_template="chatml",
-        lora_target_modules="all-linear",
-        learning_rate=2e-3,
-        num_train_epochs=5,
-        per_device_train_batch_size=8,
-        load_in_4bit=load_in_4bit,
-        **({"unpair_preferences": True} if config_class is KTOConfig else {}),
-    )
-    trainer = BaseTrainer(config)
+    values = {"unpair_preferences": True} if config_class is KTOConfig else {}
+    trainer = BaseTrainer(pairs_config(config_class, model_dir, tmp_path, load_in_4bit=load_in_4bit, **values))
     before = trainer.evaluate()
     trainer.train()
     assert trainer.metrics["eval_rewards/margins"] > before["eval_rewards/margins"] + 0.05

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from arabic_qwen.data.packing import micro_batches, pack
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.models.loading import add_lora
+from arabic_qwen.models.adapters import add_lora
 from arabic_qwen.training.objectives import METHODS, join_scores
 from tests.training.preference_runs import (
     divergence,

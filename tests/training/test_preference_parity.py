@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from arabic_qwen.data.packing import Completion, Group
-from arabic_qwen.models.loading import add_lora
+from arabic_qwen.models.adapters import add_lora
 from arabic_qwen.training.base_trainer import BaseTrainer
 from tests.training.preference_runs import (
     logp,

@@ -29,7 +29,7 @@ def _check_callback(value: Any) -> Any:
 
 Callback = Annotated[Any, BeforeValidator(_check_callback)]
 TorchDtype = Annotated[
-    Literal["bfloat16", "float16", "float32"],
+    Literal["auto", "bfloat16", "float16", "float32"],
     BeforeValidator(lambda v: str(v).removeprefix("torch.")),  # torch.bfloat16 itself is accepted too
 ]
 
@@ -107,11 +107,14 @@ class BaseConfig(BaseModel):
     max_seq_length: int = Field(
         512, ge=8, description="Longest sequence, in tokens; longer ones are cut at the end and counted"
     )
-    torch_dtype: TorchDtype = Field("bfloat16", description="Precision of frozen weights and of computation")
+    torch_dtype: TorchDtype = Field(
+        "bfloat16",
+        description="Precision of frozen weights and of computation; auto: the best that the device computes fast",
+    )
     bf16: bool = Field(False, description="Compute in bfloat16 whatever torch_dtype says")
     fp16: bool = Field(False, description="Compute in float16 whatever torch_dtype says (CUDA only)")
-    load_in_4bit: bool = Field(False, description="NF4-quantised base model (CUDA and bitsandbytes)")
-    load_in_8bit: bool = Field(False, description="int8-quantised base model (CUDA and bitsandbytes)")
+    load_in_4bit: bool = Field(False, description="NF4-quantised base model (needs bitsandbytes)")
+    load_in_8bit: bool = Field(False, description="int8-quantised base model (needs CUDA and bitsandbytes)")
     use_flash_attention: bool = Field(
         True, description="Variable-length flash attention on CUDA; false: PyTorch SDPA per sequence"
     )
@@ -122,6 +125,11 @@ class BaseConfig(BaseModel):
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the adapters' input")
     lora_target_modules: list[str] | Literal["all-linear"] = Field(
         ["q_proj", "v_proj"], description="Names of the linear layers that get adapters, or all-linear"
+    )
+    use_rslora: bool = Field(False, description="Scale the adapters by alpha / sqrt(r): for high ranks")
+    use_dora: bool = Field(False, description="DoRA: learn the weights' magnitude apart from their direction; slower")
+    init_lora_weights: Literal["default", "gaussian", "pissa", "pissa_niter_16", "olora"] = Field(
+        "default", description="Where adapters start: at zero, or (pissa, olora) from the weights' main components"
     )
     lora_bias: Literal["none", "all", "lora_only"] = Field("none", description="Biases to train")
     lora_task_type: Literal["CAUSAL_LM"] = Field("CAUSAL_LM", description="PEFT task type")
@@ -161,7 +169,9 @@ class BaseConfig(BaseModel):
     )
 
     logging_steps: int = Field(10, ge=1, description="Steps between log lines")
-    report_to: str | list[str] = Field("none", description="Also log to wandb, tensorboard, mlflow …")
+    report_to: str | list[str] = Field(
+        "none", description="Also log to wandb, tensorboard or mlflow (extras of these names)"
+    )
     run_name: str | None = Field(None, description="Name of the run in those services")
     callbacks: list[Callback] = Field(
         default_factory=list, exclude=True, description="Further transformers.TrainerCallback objects (Python only)"
@@ -205,6 +215,13 @@ class BaseConfig(BaseModel):
         for name in ("max_samples", "precompute_reference"):
             if self.streaming and getattr(self, name, None):
                 raise ValueError(f"{name} needs all rows at once; unset it, or set streaming to false")
+        if self.init_lora_weights.startswith(("pissa", "olora")):
+            for name in ("load_in_4bit", "load_in_8bit", "use_dora"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"init_lora_weights {self.init_lora_weights!r} changes the base model's weights, which "
+                        f"{name} does not allow; set init_lora_weights to default or {name} to false"
+                    )
         return self
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import logging
 import os
@@ -14,13 +15,15 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 
 from arabic_qwen.data.packing import Group
-from arabic_qwen.models.loading import is_adapter, load_model
+from arabic_qwen.models.adapters import grow_embedding, takes_from_base
+from arabic_qwen.models.loading import load_model
 from arabic_qwen.models.scoring import score_completions
+from arabic_qwen.models.sources import is_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,19 @@ def adapters_off(model: PeftModel) -> Iterator[PeftModel]:
 def earlier_adapter(model: Any, path: str) -> Reference:
     """The policy as an earlier run left it: a second, frozen copy of the adapters that training goes on with."""
     model.load_adapter(path, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+    return _reference_adapter(model)
+
+
+def initial_adapter(model: Any) -> Reference:
+    """The policy with its adapters as they were new, where switching them off gives something else."""
+    config = copy.deepcopy(model.peft_config["default"])
+    config.init_lora_weights, config.inference_mode = True, True
+    model.add_adapter(REFERENCE_ADAPTER, config)
+    set_peft_model_state_dict(model, model.initial_adapter, adapter_name=REFERENCE_ADAPTER)
+    return _reference_adapter(model)
+
+
+def _reference_adapter(model: Any) -> Reference:
     model.set_adapter("default")
 
     @contextlib.contextmanager
@@ -65,23 +81,36 @@ def reference_policy(model: Any, source: str, config: Any) -> Reference:
     """The reference of a policy that training starts from `source`.
 
     `config.ref_model_name` where it is set; else what the policy was before training: its base model under new adapters,
-    a second copy of the adapters of an earlier run, or a second copy of the model for full fine-tuning and where biases
-    of the base model are trained.
+    a second copy of the adapters of an earlier run or of new ones that change what the model is, or a second copy of the
+    model for full fine-tuning and where biases of the base model are trained.
     """
+    rows = model.get_input_embeddings().weight.shape[0]
+
+    def load(name: str, trainable: bool) -> torch.nn.Module:
+        other = load_model(name, config, trainable=trainable)
+        grow_embedding(other, rows)
+        return other
+
     name = getattr(config, "ref_model_name", None)
     if name:
-        return OtherModel(lambda: load_model(name, config, trainable=False))
-    if not isinstance(model, PeftModel) or _trains_biases(model):
+        return OtherModel(lambda: load(name, trainable=False))
+    if not isinstance(model, PeftModel) or _trains_biases(model) or _is_checkpoint_of_changed_base(model):
         # Loaded as the policy is, so that both round alike and the first margin is 0.
-        return OtherModel(lambda: load_model(source, config, trainable=not config.use_lora))
+        return OtherModel(lambda: load(source, trainable=not config.use_lora))
     if is_adapter(source):
         return earlier_adapter(model, source)
+    if hasattr(model, "initial_adapter"):
+        return initial_adapter(model)
     return adapters_off
 
 
 def _trains_biases(model: PeftModel) -> bool:
     """Trained biases belong to the base model: they stay when its adapters are switched off."""
     return any(getattr(adapter, "bias", "none") != "none" for adapter in model.peft_config.values())
+
+
+def _is_checkpoint_of_changed_base(model: PeftModel) -> bool:
+    return takes_from_base(model.peft_config["default"]) and not hasattr(model, "initial_adapter")
 
 
 class OtherModel:

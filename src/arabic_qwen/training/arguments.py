@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.data.sources import data_seed
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.models.loading import compute_dtype
+from arabic_qwen.models.precision import compute_dtype
 
 # transformers is renaming its argument.
 _CHECKPOINTING = next(
@@ -24,6 +25,8 @@ _CHECKPOINTING = next(
     if name in {field.name for field in dataclasses.fields(TrainingArguments)}
 )
 
+
+_REPORTING_EXTRAS = ("mlflow", "tensorboard", "wandb")
 
 _HIGHER_IS_BETTER = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "logps/chosen")
 
@@ -115,5 +118,10 @@ def _check_packages(config: BaseConfig) -> None:
         if importlib.util.find_spec("deepspeed") is None:
             raise ConfigurationError("deepspeed: needs its package; pip install 'arabic-qwen[deepspeed]'")
     wanted = [config.report_to] if isinstance(config.report_to, str) else config.report_to
-    for name in set(wanted) - {"none", "all"} - set(get_available_reporting_integrations()):
-        raise ConfigurationError(f"report_to: {name!r} is not installed or unknown to transformers; pip install {name}")
+    for name in sorted(set(wanted) - {"none", "all"} - set(get_available_reporting_integrations())):
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigurationError(
+                f"report_to: {name!r} is unknown; choose from none, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            )
+        package = f"'arabic-qwen[{name}]'" if name in _REPORTING_EXTRAS else name
+        raise ConfigurationError(f"report_to: {name} is not installed; pip install {package}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations import MLflowCallback
+from transformers.utils.logging import disable_progress_bar
 
 from arabic_qwen.config import BaseConfig, SFTConfig, load_config
 from arabic_qwen.config.base import TEMPLATE_SUFFIXES
@@ -24,7 +27,7 @@ from arabic_qwen.data.loaders import DataLoader, SFTDataLoader, to_padded
 from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.data.templates import set_template, stop_token_ids
 from arabic_qwen.errors import ConfigurationError, DatasetError, TrainingError
-from arabic_qwen.models import loading
+from arabic_qwen.models import adapters, loading, precision, sources
 from arabic_qwen.models.reference import precompute, reference_policy
 from arabic_qwen.training import checkpoints
 from arabic_qwen.training.arguments import Schedule, resolve_schedule, training_arguments
@@ -69,6 +72,8 @@ class BaseTrainer(GenerationMixin):
         self.config = config
         self._validated()
         self.logger = logging.getLogger(self.__class__.__name__)
+        if not sys.stderr.isatty():
+            disable_progress_bar()
         self.model: Any = None  # PreTrainedModel, or PeftModel around one
         self.tokenizer: Any = None  # PreTrainedTokenizerBase
         self.trainer: Trainer | None = None
@@ -103,9 +108,9 @@ class BaseTrainer(GenerationMixin):
 
     def _inherit_prompt_format(self, model_path: str, keep: set[str]) -> BaseConfig | None:
         """Take over how an earlier run's output was prompted, but for the fields in `keep`; give that run's settings."""
-        if not loading.is_run_output(model_path):
+        if not sources.is_run_output(model_path):
             return None
-        saved = load_config(Path(model_path, loading.RUN_CONFIG))
+        saved = load_config(Path(model_path, sources.RUN_CONFIG))
         template = saved.instruction_template
         if template.endswith(TEMPLATE_SUFFIXES):
             template = "tokenizer"  # which was saved with it; the file may be gone
@@ -113,6 +118,19 @@ class BaseTrainer(GenerationMixin):
         for name in {"instruction_template", "response_template", "system_prompt"} - keep:
             setattr(self.config, name, getattr(prompt_format, name))
         return saved
+
+    def _inherit_precision(self, model_path: str, saved: BaseConfig) -> None:
+        """Compute as the run that wrote `model_path` did, where the configuration and this machine leave that open."""
+        quantized = sources.is_adapter(model_path) and self.config.use_lora
+        values, problem = precision.restorable(saved, quantized)
+        if problem:
+            self.logger.warning("%s: not loaded as it was trained (%s)", model_path, problem)
+        given = self._validated().model_fields_set
+        for names in (precision.PRECISION, precision.QUANTIZATION):
+            if given.isdisjoint(names):
+                for name in sorted(names, key=lambda name: values[name] is True):  # not both quantisations at once
+                    setattr(self.config, name, values[name])
+                    given.discard(name)
 
     # ---------------------------------------------------------------- the pipeline
 
@@ -140,6 +158,8 @@ class BaseTrainer(GenerationMixin):
         self.setup_model_and_tokenizer()
         if self.config.use_lora:
             self.setup_lora()
+        elif config.learning_rate > 1e-4:
+            self.logger.warning("learning_rate: %g suits adapters; all weights usually take 1e-5", config.learning_rate)
         self.dataset = self.load_and_validate_dataset()
         training_args = self.get_training_arguments()
         callbacks = self.get_callbacks()
@@ -150,6 +170,7 @@ class BaseTrainer(GenerationMixin):
             self.logger.warning("Going on from %s", checkpoint)
         result = self.trainer.train(resume_from_checkpoint=checkpoint)
 
+        self.trainer.remove_callback(MLflowCallback)  # its run has ended; the evaluation would start another
         if "validation" in self.dataset:
             self.evaluate()
         self.save_model()
@@ -172,7 +193,11 @@ class BaseTrainer(GenerationMixin):
             self._load(trainable=True)
 
     def _load(self, trainable: bool) -> None:
-        self.model = loading.load_model(self._source, self._validated(), trainable=trainable)
+        config = self._validated()
+        _, reason = precision.explained_dtype(config)
+        if reason:
+            self.logger.log(logging.INFO if config.torch_dtype == "auto" else logging.WARNING, reason)
+        self.model = loading.load_model(self._source, config, trainable=trainable)
         self._model_is_trainable = trainable
         self._reference = None  # of generate_comparison()
         if trainable:
@@ -187,14 +212,14 @@ class BaseTrainer(GenerationMixin):
             self.tokenizer = loading.load_tokenizer(self._source)
             saved = self.tokenizer.chat_template
             set_template(self.tokenizer, self.config.instruction_template, self.config.response_template)
-            if loading.is_run_output(self._source) and self.tokenizer.chat_template != saved:
+            if sources.is_run_output(self._source) and self.tokenizer.chat_template != saved:
                 self.logger.warning("instruction_template: %s was trained with another prompt format", self._source)
             self._setup_padding_token()
 
     def _setup_padding_token(self) -> None:
         """Pad with the end token if there is no pad token, end with the unknown token if there is no end token.
 
-        Grows the embedding where the tokenizer has more tokens than it.
+        Grows the embedding where the tokenizer has more tokens than it; adapters are trained with the new rows.
 
         Raises:
             ConfigurationError: the tokenizer has neither.
@@ -203,13 +228,15 @@ class BaseTrainer(GenerationMixin):
         if tokenizer.eos_token is None:
             if tokenizer.unk_token is None:
                 raise ConfigurationError(
-                    f"{self.config.model_name}: the tokenizer has neither an end nor an unknown token"
+                    f"{self._source}: the tokenizer has neither an end nor an unknown token; "
+                    "set eos_token in its tokenizer_config.json"
                 )
             tokenizer.eos_token = tokenizer.unk_token
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        if self.model is not None and len(tokenizer) > self.model.get_input_embeddings().num_embeddings:
-            self.model.resize_token_embeddings(len(tokenizer))
+        added = adapters.grow_embedding(self.model, len(tokenizer)) if self.model is not None else 0
+        if added:
+            self.logger.info("%d tokens are new to the model; they start as the mean of the others", added)
 
     def setup_lora(self) -> None:
         """Add LoRA adapters to the model; one that has adapters already (an earlier output) goes on with those.
@@ -221,7 +248,7 @@ class BaseTrainer(GenerationMixin):
         if isinstance(self.model, PeftModel):
             self.logger.warning("%s has adapters, which training goes on with; lora_* are theirs", self._source)
             return
-        self.model = loading.add_lora(self.model, self.config)
+        self.model = adapters.add_lora(self.model, self.config)
 
     def get_data_loader(self) -> DataLoader:
         """The data loader of the training method; methods that are not ours read supervised data."""
@@ -255,10 +282,10 @@ class BaseTrainer(GenerationMixin):
         Raises:
             ConfigurationError: transformers refuses a value, or a package that it needs is missing.
         """
-        schedule = self._schedule()
+        config, schedule = self._validated(), self._schedule()
         if schedule.changes:
             self.logger.warning("Resolved: %s", "; ".join(schedule.changes))
-        return training_arguments(self._validated(), schedule)
+        return training_arguments(config, schedule)
 
     def _schedule(self) -> Schedule:
         config = self._validated()
@@ -305,8 +332,8 @@ class BaseTrainer(GenerationMixin):
             reference = reference_policy(self.model, self._start, config)
             if config.precompute_reference:
                 cache = Path(config.resolved_output_dir)
-                dtype = loading.compute_dtype(config)
-                with torch.autocast(loading.device().type, dtype, enabled=dtype is not torch.float32):
+                dtype = precision.compute_dtype(config)
+                with torch.autocast(precision.device().type, dtype, enabled=dtype is not torch.float32):
                     for split in dataset.values():
                         split.groups = precompute(split.groups, self.model, reference, cache, token_budget)
         return PackedTrainer(
@@ -344,16 +371,19 @@ class BaseTrainer(GenerationMixin):
         config = self._validated()
         folder = Path(output_dir or config.resolved_output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder, **loading.own_adapter_only(self.model))
+        if isinstance(self.model, PeftModel):
+            adapters.save_adapter(self.model, folder)
+        else:
+            self.model.save_pretrained(folder)
         merge = config.merge_and_save and isinstance(self.model, PeftModel)
         if merge:
-            merged = loading.merged_copy(self.model, config, folder)
+            merged = loading.merged_copy(config, folder)
             for adapter_file in folder.glob("adapter_*"):
                 adapter_file.unlink()
             merged.generation_config = self.model.generation_config
             merged.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        config.model_copy(update={"output_dir": str(folder)}).to_yaml(folder / loading.RUN_CONFIG)
+        config.model_copy(update={"output_dir": str(folder)}).to_yaml(folder / sources.RUN_CONFIG)
         adapter = isinstance(self.model, PeftModel) and not merge
         card = model_card(config, self.metrics, self._data_summary(), adapter=adapter)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -371,13 +401,16 @@ class BaseTrainer(GenerationMixin):
     def load_model(self, model_path: str) -> None:
         """Load a model or adapter to generate, to evaluate, or to train on.
 
-        From the output folder of an earlier run its prompt format and system prompt are restored too.
+        From the output folder of an earlier run its prompt format and system prompt are restored too; so are precision
+        and quantisation, unless this configuration sets them or this machine lacks them.
 
         Raises:
             ModelLoadError: it cannot be loaded.
         """
         saved = self._inherit_prompt_format(model_path, keep=set())
         self._start = saved.model_name if saved else self.config.model_name
+        if saved:
+            self._inherit_precision(model_path, saved)
         self.tokenizer, self.trainer = None, None
         self._loaded_from = model_path
         self._setup_tokenizer()

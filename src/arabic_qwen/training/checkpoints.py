@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from arabic_qwen.config import BaseConfig, load_config
 from arabic_qwen.data.bad_rows import BAD_ROWS_FILE
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.models.loading import RUN_CONFIG
+from arabic_qwen.models.sources import RUN_CONFIG
 from arabic_qwen.training.report import LOSS_CURVE, METRICS_FILE
 
 logger = logging.getLogger(__name__)

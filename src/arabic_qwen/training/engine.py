@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.data.packing import Group, PackedBatch, best_fit_decreasing, micro_batches, pack, with_mismatched
 from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.losses.kto import kto_kl
-from arabic_qwen.models.reference import REFERENCE_ADAPTER, Reference
+from arabic_qwen.models.reference import Reference
 from arabic_qwen.training.objectives import Objective, Scores, Sums, join_scores
 
 _PLACE_FILE = "stream.json"  # of a checkpoint: how far the streamed data is used
@@ -337,12 +336,6 @@ class PackedTrainer(Trainer):
         """Add to the sums, or only zeros: all ranks must have the same ones when they are reduced."""
         for name, value in self.objective.sums(scores).items():
             self._sums[name] = self._sums.get(name, 0.0) + value * counted
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Checkpoints hold the adapters in training; those of the reference are where training started."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            shutil.rmtree(Path(str(output_dir or self.args.output_dir), REFERENCE_ADAPTER), ignore_errors=True)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -85,8 +85,8 @@ class GenerationMixin:
         policy = self.model
         with reference(policy) as self.model:
             try:
-                stops = {"generation_config": policy.generation_config}  # another model's own may lack the template's
-                before = self.predict(prompts, max_length=max_length, **(stops | kwargs))
+                self.model.generation_config = policy.generation_config  # its own may lack the template's end token
+                before = self.predict(prompts, max_length=max_length, **kwargs)
             finally:
                 self.model = policy
         keys = ("prompt", "trained_model_response", "reference_model_response")
