@@ -18,6 +18,12 @@ def arabic_qwen(*arguments, cwd, stdin="", code=0):
     return result
 
 
+def write_rows(path, rows):
+    """A JSON Lines file of `rows`."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def yaml_file(model_dir, sft_file, tmp_path):
     config = SFTConfig(
@@ -56,8 +62,7 @@ def test_init_prints_what_train_reads(tmp_path):
 def dpo_run(model_dir, tmp_path):
     """A finished DPO run in `dpo`."""
     rows = [{"prompt": f"سؤال {i}؟", "chosen": f"جواب {i}.", "rejected": "لا أدري."} for i in range(8)]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (tmp_path / "pairs.jsonl").write_text(text, encoding="utf-8")
+    write_rows(tmp_path / "pairs.jsonl", rows)
     config = DPOConfig(
         model_name=str(model_dir),
         dataset_path="pairs.jsonl",
@@ -91,34 +96,6 @@ def test_blind_ratings_are_kept_and_gone_on_with(dpo_run):
     ratings = [json.loads(line) for line in (dpo_run / "dpo" / "ratings.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in ratings] == ["أولًا", "ثانيًا"]
     assert ratings[1]["preferred"] == ratings[1]["a"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "parts"),
-    [
-        (["train", "missing.yaml"], 2, ["missing.yaml", "cannot be read"]),
-        (["train", "sft.yaml", "lerning_rate=1"], 2, ["sft.yaml", "lerning_rate", "learning_rate"]),
-        (["train", "sft.yaml", "learning_rate"], 2, ["learning_rate", "key=value"]),
-        (["train", "sft.yaml", "dataset_path=none.jsonl"], 2, ["none.jsonl", "cannot be read"]),
-        (["train", "sft.yaml", "dataset_path=bad.jsonl"], 2, ["bad.jsonl:2", "question", "bad.jsonl:3", "2 bad rows"]),
-        (["train", "sft.yaml", "model_name=no/model"], 1, ["no/model", "cannot be loaded"]),
-        (["train", "sft.yaml", "max_seq_length=8"], 2, ["sft.jsonl:1", "max_seq_length=8"]),
-        (["train", "sft.yaml", "lora_target_modules=[q_porj]"], 2, ["q_porj", "q_proj"]),
-        (["train", "sft.yaml", "method=sfft"], 2, ["sfft", "sft"]),
-        (["init", "ppo"], 2, ["ppo", "sft"]),
-        (["compare", "no/model"], 2, ["no/model", "output folder"]),
-        (["chat", "no/model"], 1, ["no/model", "cannot be loaded"]),
-    ],
-    ids=lambda value: (
-        " ".join(value[:3]) if isinstance(value, list) and value[0] in ("train", "init", "chat", "compare") else ""
-    ),
-)
-def test_mistakes_get_one_clear_error(yaml_file, tmp_path, arguments, code, parts):
-    (tmp_path / "bad.jsonl").write_text('{"instruction": "a", "response": "b"}\n{"question": "?"}\n{"prompt": ""}\n')
-    result = arabic_qwen(*arguments, cwd=tmp_path, code=code)
-    for part in ["error: ", *parts]:
-        assert part in result.stderr
-    assert not list(tmp_path.rglob("run_summary.json"))
 
 
 @pytest.mark.slow

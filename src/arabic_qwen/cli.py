@@ -129,6 +129,10 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list and nothing else")] = False,
 ) -> None:
     """Show answers of a trained model beside those it gave before training."""
+    if blind and as_json:
+        raise ConfigurationError(
+            "--json: cannot be used with --blind, which asks on the terminal; leave one of them out"
+        )
     _set_up_output()
     from arabic_qwen import comparison
 
@@ -164,3 +168,5 @@ def main() -> None:
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, (ConfigurationError, DatasetError)) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)

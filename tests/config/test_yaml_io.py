@@ -18,7 +18,7 @@ def read(tmp_path):
     def read(text: str | bytes, *overrides: str) -> dict:
         path = tmp_path / "run.yaml"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return read_config_file(path, list(overrides))
+        return read_config_file(path, list(overrides)).values
 
     return read
 
@@ -83,7 +83,7 @@ class TestVariables:
     def test_missing_is_named_with_its_key(self, load, monkeypatch):
         monkeypatch.delenv("AQ_MODEL", raising=False)
         with pytest.raises(
-            ConfigurationError, match=r"run\.yaml: model_name: environment variable AQ_MODEL is not set"
+            ConfigurationError, match=r"run\.yaml:1: model_name: environment variable AQ_MODEL is not set"
         ):
             load("model_name: ${AQ_MODEL}")
 
@@ -195,15 +195,17 @@ class TestErrors:
             read("run_name: مرحبا".encode("cp1256"))
 
     def test_another_method(self, load):
-        with pytest.raises(ConfigurationError, match=r"run\.yaml: method: 'dpo' is not 'sft', which SFTConfig is for"):
+        with pytest.raises(
+            ConfigurationError, match=r"run\.yaml:1: method: 'dpo' is not 'sft', which SFTConfig is for"
+        ):
             load("method: dpo")
 
     def test_bad_values_are_all_named_with_the_file(self, load):
         with pytest.raises(ConfigurationError) as error:
             load("lora_r: 0\nlearningrate: 1\n")
         first, second = str(error.value).splitlines()
-        assert "run.yaml: lora_r: " in first
-        assert "run.yaml: learningrate: unknown key" in second
+        assert "run.yaml:1: lora_r: " in first
+        assert "run.yaml:2: learningrate: unknown key" in second
 
 
 class TestRoundTrip:

@@ -10,13 +10,17 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from arabic_qwen.config.yaml_io import dump_yaml, read_config_file
+from arabic_qwen.config.yaml_io import ConfigFile, dump_yaml, read_config_file
 from arabic_qwen.errors import ConfigurationError
 
 Self = TypeVar("Self", bound="BaseConfig")
 
 # YAML 1.1 reads a bare `no` as False.
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(lambda v: "no" if v is False else v)]
+#: transformers' schedules that need no further arguments.
+SchedulerName = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
 Text = Annotated[str, BeforeValidator(lambda v: os.fspath(v) if isinstance(v, os.PathLike) else v)]
 
 
@@ -106,7 +110,7 @@ class BaseConfig(BaseModel):
     token_budget: int | None = Field(
         None, ge=1, description="Tokens computed at a time; changes speed and memory, never results; unset: by device"
     )
-    lr_scheduler_type: str = Field("linear", description="Learning-rate schedule, by its transformers name")
+    lr_scheduler_type: SchedulerName = Field("linear", description="Learning-rate schedule, by its transformers name")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient-norm clipping; 0: none")
@@ -204,21 +208,22 @@ class BaseConfig(BaseModel):
         Raises:
             ConfigurationError: the file is missing or not YAML, is for another method, or has bad keys or values.
         """
-        values = read_config_file(path, overrides or [])
-        method = values.pop("method", cls.method)
+        file = read_config_file(path, overrides or [])
+        method = file.values.pop("method", cls.method)
         if method != cls.method:
-            raise ConfigurationError(f"{path}: method: {method!r} is not {cls.method!r}, which {cls.__name__} is for")
-        return cls.from_values(values, str(path))
+            problem = f"method: {method!r} is not {cls.method!r}, which {cls.__name__} is for"
+            raise ConfigurationError(file.locate(problem))
+        return cls.from_file(file)
 
     @classmethod
-    def from_values(cls: type[Self], values: dict[str, Any], source: str) -> Self:
-        """Build from a dict; errors name `source`, the file that the values come from."""
-        if "callbacks" in values:
-            raise ConfigurationError(f"{source}: callbacks: are Python objects; set them in Python")
+    def from_file(cls: type[Self], file: ConfigFile) -> Self:
+        """Build from what was read; errors name the line or the override that is wrong."""
+        if "callbacks" in file.values:
+            raise ConfigurationError(file.locate("callbacks: are Python objects; set them in Python"))
         try:
-            return cls(**values)
+            return cls(**file.values)
         except ConfigurationError as error:
-            raise ConfigurationError("\n".join(f"{source}: {line}" for line in str(error).splitlines())) from None
+            raise ConfigurationError("\n".join(map(file.locate, str(error).splitlines()))) from None
 
     def to_yaml(self, path: str | os.PathLike) -> None:
         """Write every value except `callbacks` and an unset `output_dir`; `from_yaml` reads it back equal."""

@@ -83,8 +83,8 @@ class DataLoader:
         """The row's groups. Raises ValueError where the row cannot be used."""
         raise NotImplementedError
 
-    def last_user_turn(self, values: dict[str, Any]) -> str:
-        """What the user says last in a row. Raises ValueError where the row cannot be used."""
+    def prompt(self, values: dict[str, Any]) -> list[Message]:
+        """The row's conversation before its last answer. Raises ValueError where the row cannot be used."""
         raise NotImplementedError
 
     def _split_key(self, row: Row) -> str:
@@ -187,8 +187,8 @@ class SFTDataLoader(DataLoader):
         messages = to_conversation(values, self.config.system_prompt)
         return [Draft([pieces]) for pieces in render_pieces(self.tokenizer, messages)]
 
-    def last_user_turn(self, values: dict[str, Any]) -> str:
-        return to_conversation(values)[-2]["content"]
+    def prompt(self, values: dict[str, Any]) -> list[Message]:
+        return to_conversation(values)[:-1]
 
 
 class _PreferenceDataLoader(DataLoader):
@@ -201,13 +201,13 @@ class _PreferenceDataLoader(DataLoader):
         prompt = self._trim(prompt, dataset)
         return [Draft([render_answer(self.tokenizer, prompt, answer) for answer in answers], label, lengths)]
 
-    def last_user_turn(self, values: dict[str, Any]) -> str:
-        return self.read(values)[0][-1]["content"]
+    def prompt(self, values: dict[str, Any]) -> list[Message]:
+        return self.read(values).prompt
 
     def _split_key(self, row: Row) -> str:
         """The prompt: a pair whose prompt is trained on in another pair is not unseen."""
         try:
-            return json.dumps(self.read(row.values)[0])
+            return json.dumps(self.prompt(row.values))
         except ValueError:
             return row.where
 
@@ -263,8 +263,15 @@ class KTODataLoader(_PreferenceDataLoader):
 
     read = staticmethod(to_feedback)
 
+    def prompt(self, values: dict[str, Any]) -> list[Message]:
+        read = to_pair if self._is_pair(values) else to_feedback
+        return read(values).prompt
+
+    def _is_pair(self, values: dict[str, Any]) -> bool:
+        return self.config.unpair_preferences and "chosen" in values
+
     def _drafts(self, values: dict[str, Any], dataset: GroupDataset) -> list[Draft]:
-        if self.config.unpair_preferences and "chosen" in values:
+        if self._is_pair(values):
             prompt, answers, *_ = to_pair(values, self.config.system_prompt)
             prompt = self._trim(prompt, dataset)
             labelled = zip(answers, (True, False), strict=True)
