@@ -50,4 +50,4 @@ def test_equal_answers_are_a_tie_that_is_not_asked(tmp_path, monkeypatch, capsys
     counts = comparison.rate([row("أولًا", "نعم", "نعم"), row("ثانيًا", "نعم", "لا")], ratings)
     assert counts.total() == 2 and counts["tie"] == 1
     assert "both answers are the same, a tie: نعم" in capsys.readouterr().out
-    assert [json.loads(line)["preferred"] for line in ratings.read_text().splitlines()][0] == "tie"
+    assert json.loads(ratings.read_text().splitlines()[0])["preferred"] == "tie"

@@ -58,7 +58,7 @@ def test_errors_name_the_override_that_is_wrong(config_file):
         "override lora_r=0",
         "override lerning_rate=1",
     ]
-    with pytest.raises(ConfigurationError, match="^override method=ppo: method: 'ppo' is unknown"):
+    with pytest.raises(ConfigurationError, match=r"^override method=ppo: method: 'ppo' is unknown"):
         load_config(config_file, ["method=ppo"])
     with pytest.raises(ConfigurationError, match=f"^{config_file} with load_in_8bit=true: load_in_4bit and"):
         load_config(config_file, ["load_in_8bit=true"])

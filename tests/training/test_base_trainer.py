@@ -276,7 +276,7 @@ class TestTrain:
     def test_a_file_in_the_way_of_the_output_is_said_at_once(self, config, tmp_path, name):
         (tmp_path / "file").write_text("mine")
         config.output_dir, config.model_name = str(tmp_path / name), "never/loaded"
-        with pytest.raises(ConfigurationError, match="output_dir: .*file is a file.*choose another"):
+        with pytest.raises(ConfigurationError, match=r"output_dir: .*file is a file.*choose another"):
             create_sft_trainer(config).train()
 
     def test_a_run_that_is_trained_on_is_not_set_aside(self, trained, config):

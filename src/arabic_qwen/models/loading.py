@@ -105,9 +105,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
         path = resolve_model_name(_base_of(path))
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
         raise _load_error(name, "tokenizer", error) from error
+    if len(tokenizer) < 256:  # what transformers makes up where there is only a config.json
+        raise ModelLoadError(f"{name}: has no tokenizer; put its tokenizer.json and tokenizer_config.json there")
+    return tokenizer
 
 
 def load_model(name: str, config: BaseConfig, *, trainable: bool) -> PreTrainedModel | PeftModel:
