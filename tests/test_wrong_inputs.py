@@ -23,7 +23,8 @@ def row_for(method):
 
 
 def numbered(row, count=6):
-    return [{**row, list(row)[0]: f"{next(iter(row.values()))} {i}"} for i in range(count)]
+    key, text = next(iter(row.items()))
+    return [{**row, key: f"{text} {i}"} for i in range(count)]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from arabic_qwen.config import load_config
 from arabic_qwen.data.conversations import Message
 from arabic_qwen.errors import ConfigurationError, DatasetError
 from arabic_qwen.models.loading import RUN_CONFIG, is_run_output
+from arabic_qwen.terminal import isolated
 from arabic_qwen.training.base_trainer import BaseTrainer
 
 _SIDES = {"trained": "trained_model_response", "reference": "reference_model_response"}
@@ -75,13 +76,13 @@ def rate(compared: list[dict[str, str]], ratings: Path, seed: int = 0) -> Counte
         if row["prompt"] in rated:
             continue
         order = random.Random(f"{seed} {row['prompt']}").sample(list(_SIDES), 2)
-        print(f"\n[{number}/{len(compared)}] {row['prompt']}\n")
+        print(f"\n[{number}/{len(compared)}] {isolated(row['prompt'])}\n")
         if row[_SIDES["trained"]] == row[_SIDES["reference"]]:
-            print(f"both answers are the same, a tie: {row[_SIDES['trained']]}")
+            print(f"both answers are the same, a tie: {isolated(row[_SIDES['trained']])}")
             choice = "t"
         else:
             for letter, side in zip("AB", order, strict=True):
-                print(f"{letter}: {row[_SIDES[side]]}\n")
+                print(f"{letter}: {isolated(row[_SIDES[side]])}\n")
             choice = _ask()
         if choice == "q":
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from arabic_qwen.models import loading
 from arabic_qwen.models.reference import precompute, reference_policy
 from arabic_qwen.training import checkpoints
 from arabic_qwen.training.arguments import Schedule, resolve_schedule, training_arguments
-from arabic_qwen.training.callbacks import ProgressDisplay, RunLog
+from arabic_qwen.training.callbacks import ProgressDisplay, RunLog, StopOnSignal
 from arabic_qwen.training.engine import PackedTrainer
 from arabic_qwen.training.generation import GenerationMixin
 from arabic_qwen.training.objectives import METHODS
@@ -116,6 +117,7 @@ class BaseTrainer(GenerationMixin):
 
         Raises:
             ConfigurationError, ModelLoadError, DatasetError: see the steps.
+            KeyboardInterrupt: Ctrl-C was pressed; the running step was finished and saved first.
         """
         self._inherit_prompt_format(self._source, keep=self._validated().model_fields_set)
         run = checkpoints.find_run(self._validated())
@@ -132,7 +134,14 @@ class BaseTrainer(GenerationMixin):
         checkpoints.begin_run(run, self._validated())
         if run.checkpoint:
             self.logger.warning("Going on from %s", run.checkpoint)
-        result = self.trainer.train(resume_from_checkpoint=run.checkpoint)
+        stop = StopOnSignal()
+        self.trainer.add_callback(stop)
+        try:
+            result = self.trainer.train(resume_from_checkpoint=run.checkpoint)
+        finally:
+            stop.restore()
+        if stop.received:
+            raise SystemExit(128 + stop.received) if stop.received == signal.SIGTERM else KeyboardInterrupt
 
         if "validation" in self.dataset:
             self.evaluate()
