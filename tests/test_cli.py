@@ -46,12 +46,9 @@ def test_train_then_chat(yaml_file, tmp_path):
     saved = SFTConfig.from_yaml(tmp_path / "checkpoints/sft/training_config.yaml")
     assert (saved.max_steps, saved.learning_rate) == (2, 1e-3)
 
-    again = arabic_qwen("train", yaml_file, "max_steps=2", "learning_rate=1e-3", cwd=tmp_path)
-    assert "finished" in again.stderr
-
     turns = "ما عاصمة الأردن؟\n/reset\nمرحبا\n/exit\nnever said\n"
-    arabic_qwen("chat", "checkpoints/sft", "--max-length", 3, "--system", "أجب بإيجاز.", cwd=tmp_path, stdin=turns)
-    arabic_qwen("chat", "checkpoints/sft", "--max-length", 3, "--temperature", 0.7, cwd=tmp_path, stdin="مرحبا\n")
+    options = ["--max-length", 3, "--system", "أجب بإيجاز.", "--temperature", 0.7]
+    arabic_qwen("chat", "checkpoints/sft", *options, cwd=tmp_path, stdin=turns)
 
 
 def in_process(monkeypatch, capsys, *arguments):
@@ -111,7 +108,7 @@ def test_schema_is_of_one_method_or_of_all(monkeypatch, capsys):
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_ctrl_c_leaves_a_run_that_goes_on(yaml_file, dpo_yaml, tmp_path, monkeypatch, capsys, method):
-    command = ["train", f"{method}.yaml", "max_steps=200", "logging_steps=1", "output_dir=run"]
+    command = ["train", f"{method}.yaml", "max_steps=100", "logging_steps=1", "output_dir=run"]
     run = [sys.executable, "-m", "arabic_qwen", *command]
     with subprocess.Popen(run, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         said = ""
@@ -128,10 +125,10 @@ def test_ctrl_c_leaves_a_run_that_goes_on(yaml_file, dpo_yaml, tmp_path, monkeyp
     assert not (tmp_path / "run" / "run_summary.json").exists()
 
     monkeypatch.chdir(tmp_path)
-    code, _, said = in_process(monkeypatch, capsys, *command[:2], *command[2:])
+    code, _, said = in_process(monkeypatch, capsys, *command)
     assert code == 0, said
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps) and set(range(1, 201)) <= set(steps)
+    assert steps == sorted(steps) and set(range(1, 101)) <= set(steps)
 
 
 def test_ctrl_c_before_a_checkpoint_starts_again(yaml_file, tmp_path, monkeypatch, capsys):
