@@ -20,7 +20,15 @@ def test_what_init_prints_is_valid(method):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"lora_rank": 4}, {"lora_r": 0}, {"torch_dtype": "fp8"}, {"callbacks": []}, {"method": "ppo"}, {"method": None}],
+    [
+        {"lora_rank": 4},
+        {"lora_r": 0},
+        {"num_train_epochs": 0},
+        {"torch_dtype": "fp8"},
+        {"callbacks": []},
+        {"method": "ppo"},
+        {"method": None},
+    ],
     ids=str,
 )
 def test_what_is_wrong_is_not(wrong):

@@ -102,7 +102,9 @@ class BaseConfig(BaseModel):
     )
 
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate")
-    num_train_epochs: int | float = Field(3, gt=0, description="Passes over the training set")
+    num_train_epochs: int | float = Field(
+        3, gt=0, description="Passes over the training set", json_schema_extra={"exclusiveMinimum": 0}
+    )
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; null: from num_train_epochs")
     per_device_train_batch_size: int = Field(4, ge=1, description="Training sequences per device and accumulation step")
     per_device_eval_batch_size: int = Field(8, ge=1, description="Evaluation sequences per device and step")
