@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from arabic_qwen import comparison
 from arabic_qwen.config import KTOConfig, SFTConfig
 from arabic_qwen.data.loaders import KTODataLoader, SFTDataLoader
+from arabic_qwen.errors import DatasetError
 from arabic_qwen.training.base_trainer import BaseTrainer
 from tests.test_cli import write_rows
 
@@ -51,3 +54,16 @@ def test_equal_answers_are_a_tie_that_is_not_asked(tmp_path, monkeypatch, capsys
     assert counts.total() == 2 and counts["tie"] == 1
     assert "both answers are the same, a tie: نعم" in capsys.readouterr().out
     assert json.loads(ratings.read_text().splitlines()[0])["preferred"] == "tie"
+
+
+@pytest.mark.parametrize("content", ["hello\n", "[1]\n", "{}\n"])
+def test_a_file_that_holds_no_ratings_is_told(tmp_path, content):
+    (tmp_path / "notes.txt").write_text(content)
+    with pytest.raises(DatasetError, match=r"notes\.txt: does not hold ratings; .*--ratings"):
+        comparison.rate([row("أولًا", "نعم", "لا")], tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == content
+
+
+def test_ratings_that_cannot_be_written_are_told_before_anything_is_asked(tmp_path):
+    with pytest.raises(DatasetError, match=r"cannot be written .*--ratings"):
+        comparison.rate([row("أولًا", "نعم", "لا")], tmp_path / "none" / "ratings.jsonl")

@@ -15,6 +15,8 @@ from tests.test_cli import write_rows
 SFT = {"instruction": "ما عاصمة الأردن؟", "response": "عمّان."}
 PAIR = {"prompt": "ما عاصمة الأردن؟", "chosen": "عمّان.", "rejected": "لا أدري."}
 FEEDBACK = {"prompt": "ما عاصمة الأردن؟", "completion": "عمّان.", "label": True}
+#: For commands that are run as processes of their own: this package, wherever they run.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
 ROWS = {"sft": SFT, "kto": FEEDBACK}  # the other methods learn from pairs
 
 
@@ -151,6 +153,12 @@ VALUES = {
     ),
     "no room for the answer": ("sft max_seq_length=8", 2, ["sft.jsonl:1", "max_seq_length=8", "6 bad rows"]),
     "no room for the prompt": ("dpo max_prompt_length=1", 2, ["dpo.jsonl:1", "max_prompt_length=1"]),
+    "a model without name": ("sft model_name=''", 2, ["override model_name=''", "must not be empty"]),
+    "a path that is none": ('sft output_dir="a\\0b"', 2, ["output_dir: holds a NUL character"]),
+    "a name that is too long": (f"sft output_dir={'x' * 300}", 2, ["output_dir: ", "cannot be written", "choose"]),
+    "no layers": ("sft lora_target_modules=[]", 2, ["lora_target_modules: ", "at least 1 item"]),
+    "a seed beyond numpy's": ("sft seed=4294967296", 2, ["seed: ", "less than or equal to 4294967295"]),
+    "a backend for one process": ("sft ddp_backend=nccl", 2, ["ddp_backend: 'nccl'", "torchrun", "set it to null"]),
     "unmeasured metric": ("sft metric_for_best_model=bleu", 2, ["metric_for_best_model: 'bleu'", "eval_loss"]),
     "unknown report": ("sft report_to=nowhere", 2, ["report_to: 'nowhere'", "pip install"]),
     "no deepspeed file": ("sft deepspeed=none.json", 2, ["deepspeed: none.json", "give a DeepSpeed JSON"]),
@@ -272,6 +280,13 @@ def test_broken_model_folder(folder, model_dir, monkeypatch, capsys, break_it, p
     check(*command(["train", "sft.yaml", "model_name=./broken"], monkeypatch, capsys), 1, parts, folder)
 
 
+def test_missing_package(folder):
+    program = "import sys; sys.modules['peft'] = None; from arabic_qwen.cli import main; main()"
+    run = [sys.executable, "-c", program, "train", "sft.yaml"]
+    result = subprocess.run(run, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    check(result.returncode, result.stderr, 1, ["error: the package peft is missing; pip install"], folder)
+
+
 # ---------------------------------------------------------------- as a process of its own
 
 PROCESSES = {
@@ -285,7 +300,5 @@ PROCESSES = {
 @pytest.mark.parametrize(("arguments", "code", "parts"), PROCESSES.values(), ids=PROCESSES)
 def test_process(folder, arguments, code, parts):
     run = [sys.executable, "-m", "arabic_qwen", *arguments]
-    paths = [str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    result = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(run, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     check(result.returncode, result.stderr, code, parts, folder)

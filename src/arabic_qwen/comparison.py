@@ -67,10 +67,13 @@ def rate(compared: list[dict[str, str]], ratings: Path, seed: int = 0) -> Counte
     Prompts that the file has ratings for are not asked again, so that rating can be interrupted. Where both answers are
     the same there is nothing to ask: it is a tie.
 
+    Raises:
+        DatasetError: the file cannot be read or written.
+
     Returns:
         How often "trained", "reference" or "tie" was preferred, over the whole file.
     """
-    done = [json.loads(line) for line in ratings.read_text(encoding="utf-8").splitlines()] if ratings.is_file() else []
+    done = _read_ratings(ratings)
     rated = {entry["prompt"] for entry in done}
     for number, row in enumerate(compared, 1):
         if row["prompt"] in rated:
@@ -91,6 +94,22 @@ def rate(compared: list[dict[str, str]], ratings: Path, seed: int = 0) -> Counte
         with ratings.open("a", encoding="utf-8") as file:
             file.write(json.dumps(done[-1], ensure_ascii=False) + "\n")
     return Counter(entry["preferred"] for entry in done)
+
+
+def _read_ratings(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open("a+", encoding="utf-8") as file:  # fails now where it could not be written later
+            file.seek(0)
+            ratings = [json.loads(line) for line in file]
+            if all({"prompt", "preferred"} <= rating.keys() for rating in ratings):
+                return ratings
+    except OSError as error:
+        raise DatasetError(
+            f"{path}: cannot be written ({error.strerror}); choose another file with --ratings"
+        ) from None
+    except (ValueError, AttributeError):
+        pass
+    raise DatasetError(f"{path}: does not hold ratings; choose another file with --ratings")
 
 
 def _ask() -> str:

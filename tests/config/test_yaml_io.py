@@ -216,7 +216,7 @@ class TestRoundTrip:
         template=texts,
         rate=st.floats(min_value=1e-300, max_value=1e300),
         epochs=st.integers(1, 9) | st.floats(0.01, 9),
-        targets=st.lists(texts) | st.just("all-linear"),
+        targets=st.lists(texts, min_size=1) | st.just("all-linear"),
         strategy=st.sampled_from(["no", "steps", "epoch"]),
         report=st.lists(st.sampled_from(["wandb", "no", "on", "1", "null"])) | st.just("none"),
     )

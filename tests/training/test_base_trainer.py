@@ -262,6 +262,13 @@ class TestTrain:
         config.overwrite_output_dir = True
         create_sft_trainer(config).train()
 
+    def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(self, trained, config, caplog):
+        Path(config.output_dir, "run_summary.json").unlink()
+        Path(config.output_dir, "checkpoint-3").mkdir()
+        create_sft_trainer(config).train()
+        assert "checkpoint-3: was not written to its end" in caplog.text
+        assert f"Going on from {config.output_dir}/checkpoint-2" in caplog.text
+
     def test_a_run_that_cannot_start_leaves_nothing(self, trained, config, tmp_path):
         for values in ({"dataset_path": "none.jsonl"}, {"metric_for_best_model": "bleu"}):
             broken = config.model_copy(update=values | {"output_dir": str(tmp_path / "new")})

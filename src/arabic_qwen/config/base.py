@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from arabic_qwen.config.yaml_io import ConfigFile, dump_yaml, read_config_file
 from arabic_qwen.errors import ConfigurationError
@@ -21,7 +21,23 @@ Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(lambda v: 
 SchedulerName = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
-Text = Annotated[str, BeforeValidator(lambda v: os.fspath(v) if isinstance(v, os.PathLike) else v)]
+
+
+def _check_path(text: str) -> str:
+    if not text:
+        raise ValueError("must not be empty")
+    if "\0" in text:
+        raise ValueError("holds a NUL character, which no path has")
+    return text
+
+
+#: A path or a hub id.
+Text = Annotated[
+    str,
+    BeforeValidator(lambda v: os.fspath(v) if isinstance(v, os.PathLike) else v),
+    AfterValidator(_check_path),
+]
+_MAX_SEED = 2**32 - 1  # numpy's
 
 
 def _check_callback(value: Any) -> Any:
@@ -92,7 +108,7 @@ class BaseConfig(BaseModel):
     lora_r: int = Field(16, ge=1, description="Rank of the adapters")
     lora_alpha: int = Field(32, ge=1, description="Scale of the adapters: alpha / r")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the adapters' input")
-    lora_target_modules: list[str] | Literal["all-linear"] = Field(
+    lora_target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
         ["q_proj", "v_proj"], description="Names of the linear layers that get adapters, or all-linear"
     )
     lora_bias: Literal["none", "all", "lora_only"] = Field("none", description="Biases to train")
@@ -117,8 +133,10 @@ class BaseConfig(BaseModel):
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient-norm clipping; 0: none")
     gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass to save memory")
-    seed: int = Field(42, ge=0, description="Seed of initialisation and dropout")
-    data_seed: int | None = Field(42, ge=0, description="Seed of the split and the data order; null: seed")
+    seed: int = Field(42, ge=0, le=_MAX_SEED, description="Seed of initialisation and dropout")
+    data_seed: int | None = Field(
+        42, ge=0, le=_MAX_SEED, description="Seed of the split and the data order; null: seed"
+    )
 
     evaluation_strategy: Strategy = Field("steps", description="When to evaluate: no, steps, epoch")
     eval_steps: int = Field(500, ge=1, description="Steps between evaluations")

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -63,10 +64,11 @@ class StopOnSignal(TrainerCallback):
         received: the signal, once there was one.
     """
 
-    received: signal.Signals | None = None
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.before: dict[int, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.before = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
             self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from arabic_qwen.config import BaseConfig, load_config
 from arabic_qwen.errors import ConfigurationError
@@ -44,7 +44,7 @@ def find_run(config: BaseConfig) -> Run:
     _check_writable(folder)
     if config.overwrite_output_dir or not folder.is_dir():
         return Run(folder)
-    finished, checkpoint = is_finished(folder), get_last_checkpoint(str(folder))
+    finished, checkpoint = is_finished(folder), _newest_checkpoint(folder)
     record = folder / RUN_CONFIG
     changed = _differences(load_config(record), config) if record.is_file() else []
     if not changed:
@@ -94,6 +94,16 @@ def _check_writable(folder: Path) -> None:
 
 def _not_writable(folder: Path, reason: str | None) -> ConfigurationError:
     return ConfigurationError(f"output_dir: {folder} cannot be written ({reason}); choose another output_dir")
+
+
+def _newest_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
+        if (path / TRAINER_STATE_NAME).is_file():  # what transformers writes last
+            return str(path)
+        logger.warning("%s: was not written to its end; it is passed over", path)
+    return None
 
 
 def _differences(old: BaseConfig, new: BaseConfig) -> list[str]:
