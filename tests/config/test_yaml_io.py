@@ -223,7 +223,7 @@ class TestRoundTrip:
     @example("${HOME}", "$${HOME}", 1e-5, 1, ["${HOME:-x}"], "no", "none")
     @example("a\x85b", "\u2028", 1e-5, 1, ["a\x85b"], "no", "none")
     @example("yes", "null", 1e16, 1, ["~", "1e-5", "0123"], "no", "none")
-    @example("سطر أول\nسطر ثان\r\n\tثالث", " ### ${X\n", 1e-5, 3.0, [], "no", [])
+    @example("سطر أول\nسطر ثان\r\n\tثالث", " ### ${X\n", 1e-5, 3.0, ["q_proj"], "no", [])
     @example("a" * 12_000 + " " + "ب" * 100, "", 1e-5, 3, ["# a", "- b", "[c]"], "no", [])
     def test_any_values(self, tmp_path_factory, prompt, template, rate, epochs, targets, strategy, report):
         config = SFTConfig(
