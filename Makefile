@@ -8,7 +8,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/arabic-qwen quickstart
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

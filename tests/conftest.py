@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of commands that tests start too: workers already use all cores
 
 import pytest
 import torch
@@ -25,6 +26,12 @@ torch.set_num_threads(1)
 # Times vary too much on shared machines for a deadline per example; the same examples are tried on each run.
 settings.register_profile("suite", deadline=None, derandomize=True, database=None)
 settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that run whole programs first, so that no worker is left alone with them at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_docs.py", "test_cli.py"))
+
 
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

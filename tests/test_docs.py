@@ -41,7 +41,7 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "data" / "with_bad_rows.jsonl").write_text("".join(lines), encoding="utf-8")
     template = re.search(r"^```\n(\{%.*?)^```", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.M | re.S)
     (tmp_path / "data" / "my_format.jinja").write_text(template[1], encoding="utf-8")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'src'}")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     return tmp_path
 
@@ -93,16 +93,20 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize(
-    ("script", "shown"),
+    ("script", "arguments", "shown"),
     [
-        ("sft_training", ["eval_loss", "ما عاصمة الأردن؟"]),
-        ("dpo_training", ["eval_rewards/margins", "trained_model_response"]),
-        ("preference_training", ["kto", "ipo", "cpo", "eval_rewards/accuracies"]),
-        ("multi_method_comparison", ["untouched", "SimPO", "comparison.png"]),
+        ("sft_training", ["arabic-qwen-tiny", "data/sft_arabic.jsonl"], ["eval_loss", "ما عاصمة الأردن؟"]),
+        ("dpo_training", [], ["eval_rewards/margins", "trained_model_response"]),
+        ("preference_training", [], ["kto", "ipo", "cpo", "eval_rewards/accuracies"]),
+        (
+            "multi_method_comparison",
+            ["arabic-qwen-tiny", "data/dpo_preferences.jsonl"],
+            ["untouched", "SimPO", "comparison.png"],
+        ),
     ],
 )
-def test_example_scripts(workplace, script, shown):
-    output = run([sys.executable, str(ROOT / "examples" / f"{script}.py")], workplace)
+def test_example_scripts(workplace, script, arguments, shown):
+    output = run([sys.executable, str(ROOT / "examples" / f"{script}.py"), *arguments], workplace)
     assert all(part in output for part in shown)
 
 
@@ -112,6 +116,15 @@ def test_throughput_benchmark(workplace, method):
     result = json.loads(run([*command, "--steps", "1", "--batch-size", "2"], workplace))
     assert 0 <= result["update_difference"] < 0.5
     assert result["ours_tokens_per_s"] > 0 and result["trl_tokens_per_s"] > 0 and result["ratio"] > 0
+
+
+def test_configuration_page_is_up_to_date():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        from build_configuration_docs import PAGE, page
+    finally:
+        sys.path.pop(0)
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python scripts/build_configuration_docs.py"
 
 
 def test_deepspeed_configuration_is_json():

@@ -18,10 +18,10 @@ PACKAGE = ROOT / "src" / "arabic_qwen"
 LAYERS = [
     {"arabic_qwen"},  # the version
     {"errors"},
-    {"config", "text", "losses"},
+    {"config", "text", "losses", "terminal"},
     {"data", "models"},
     {"evaluation", "training"},
-    {"comparison", "quickstart"},
+    {"chat", "comparison", "doctor", "dry_run", "quickstart"},
     {"cli", "studio", "__main__"},
 ]
 

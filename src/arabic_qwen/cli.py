@@ -18,7 +18,19 @@ import typer
 from arabic_qwen.errors import ConfigurationError, DatasetError, TrainingError
 
 app = typer.Typer(
-    help="Fine-tune Qwen models for Arabic.",
+    help="""Fine-tune Qwen models for Arabic.
+
+    A first session, in this order:
+
+    \b
+      arabic-qwen doctor                    what this machine can do
+      arabic-qwen quickstart                all of it with a tiny model, 2 minutes
+      arabic-qwen init sft > sft.yaml       put your model and your data there
+      arabic-qwen train sft.yaml --dry-run  check it all, and what it would take
+      arabic-qwen train sft.yaml            train
+      arabic-qwen chat ./checkpoints/sft    talk to the result
+      arabic-qwen compare ./checkpoints/sft beside what it was before
+    """,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -27,10 +39,31 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="Hub id, model folder, or the output folder of a run")]
 
 
-@app.command()
+@app.command(epilog="Example: arabic-qwen doctor")
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list and nothing else")] = False) -> None:
+    """Say what this machine can do: versions, devices, memory, network, extras; exit 1 where it cannot train."""
+    _set_up_output()
+    from rich.console import Console
+    from rich.markup import escape
+
+    from arabic_qwen.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print(json.dumps([finding._asdict() for finding in findings], ensure_ascii=False, indent=2))
+    else:
+        marks = {"ok": "[green]✓[/]", "missing": "[yellow]✗[/]", "info": "–", "impossible": "[red]✗[/]"}
+        console = Console(highlight=False, soft_wrap=True)
+        for level, name, text in findings:
+            console.print(f"{marks[level]} {name:<18}{escape(text)}")
+    if any(finding.level == "impossible" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: arabic-qwen quickstart --output-dir first-run")
 def quickstart(
     model: Annotated[str, typer.Option(help="Hub id or folder of a model; default: a tiny one that comes along")] = "",
-    data: Annotated[str, typer.Option(help="JSON Lines file; default: 200 sample rows that come along")] = "",
+    data: Annotated[str, typer.Option(help="JSON Lines file; default: 240 sample rows that come along")] = "",
     output_dir: Annotated[str, typer.Option(help="Where the run is written")] = "quickstart",
 ) -> None:
     """Fine-tune a model on Arabic instructions, then on preferences, and show what changed on held-out rows."""
@@ -40,23 +73,61 @@ def quickstart(
     run(model, data, output_dir)
 
 
-@app.command()
+@app.command(epilog="Example: arabic-qwen init dpo > dpo.yaml")
+def init(method: Annotated[str, typer.Argument(help="Training method, for example sft")]) -> None:
+    """Print a commented YAML file with every setting of a method and its default."""
+    from arabic_qwen.config import METHOD_CONFIGS
+
+    print(METHOD_CONFIGS[_known(method)].commented_yaml(), end="")
+
+
+@app.command(epilog="Example: arabic-qwen schema sft > sft.schema.json")
+def schema(
+    method: Annotated[str, typer.Argument(help="Training method; default: all, told apart by `method`")] = "",
+) -> None:
+    """Print the JSON Schema of configuration files, by which editors complete and check YAML."""
+    from arabic_qwen.config.schema import any_schema, method_schema
+
+    found = method_schema(_known(method)) if method else any_schema()
+    print(json.dumps(found, ensure_ascii=False, indent=2))
+
+
+def _known(method: str) -> str:
+    from arabic_qwen.config import METHOD_CONFIGS
+
+    if method not in METHOD_CONFIGS:
+        raise ConfigurationError(f"{method}: unknown method; choose one of {', '.join(METHOD_CONFIGS)}")
+    return method
+
+
+@app.command(epilog="Example: arabic-qwen train sft.yaml learning_rate=1e-4 --dry-run")
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file; `arabic-qwen init sft` prints one to edit")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs that win over the file")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check model, data and settings, measure one batch, write nothing")
+    ] = False,
 ) -> None:
-    """Train as a YAML file says."""
+    """Train as a YAML file says; a run that was stopped goes on where it was."""
     _set_up_output()
     from arabic_qwen.config import load_config
 
     settings = load_config(config, overrides)
+    if dry_run:
+        from arabic_qwen import dry_run as rehearsal
+
+        print("\n".join(rehearsal.dry_run(settings)))
+        return
     from arabic_qwen.training.base_trainer import BaseTrainer
+    from arabic_qwen.training.checkpoints import find_run
 
     trainer = BaseTrainer(settings)
     try:
         trainer.train()
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on from the newest checkpoint", file=sys.stderr)
+        checkpoint = find_run(settings).checkpoint
+        how = f"go on from {checkpoint}" if checkpoint else "start again, for there is no checkpoint yet"
+        print(f"stopped; the same command will {how}", file=sys.stderr)
         raise typer.Exit(130) from None
     if os.environ.get("RANK", "0") != "0":
         return
@@ -67,17 +138,7 @@ def train(
     print(f"talk to it: arabic-qwen chat {folder}")
 
 
-@app.command()
-def init(method: Annotated[str, typer.Argument(help="Training method, for example sft")]) -> None:
-    """Print a commented YAML file with every setting of a method and its default."""
-    from arabic_qwen.config import METHOD_CONFIGS
-
-    if method not in METHOD_CONFIGS:
-        raise ConfigurationError(f"{method}: unknown method; choose one of {', '.join(METHOD_CONFIGS)}")
-    print(METHOD_CONFIGS[method].commented_yaml(), end="")
-
-
-@app.command()
+@app.command(epilog="Example: arabic-qwen chat ./checkpoints/sft --system 'أجب بالعربية الفصحى.'")
 def chat(
     model: Model,
     system: Annotated[str, typer.Option(help="System prompt")] = "",
@@ -86,38 +147,15 @@ def chat(
         float, typer.Option(help="Sampling temperature; 0: always the likeliest token", min=0)
     ] = 0.0,
 ) -> None:
-    """Talk to a model: one line a turn; /reset forgets the conversation, /exit or Ctrl-D ends it."""
+    """Talk to a model, one line a turn; /help lists what else can be said, Ctrl-D ends it."""
     _set_up_output()
-    from transformers import TextStreamer
+    from arabic_qwen.chat import Chat
 
-    from arabic_qwen.config import SFTConfig
-    from arabic_qwen.training.base_trainer import BaseTrainer
-
-    trainer = BaseTrainer(SFTConfig(model_name=model, instruction_template="tokenizer"))
-    trainer.load_model(model)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    system = system or trainer.config.system_prompt or ""
-    beginning = [{"role": "system", "content": system}] if system else []
-    messages = list(beginning)
-    prompt = "> " if sys.stdin.isatty() else ""
-    while True:
-        try:
-            # bytes that are no UTF-8 become the replacement character
-            text = input(prompt).encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if text == "/exit":
-            return
-        if text == "/reset":
-            messages = list(beginning)
-        elif text:
-            messages.append({"role": "user", "content": text})
-            streamer = TextStreamer(trainer.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            (answer,) = trainer.respond([messages], max_length, streamer=streamer, **sampling)
-            messages.append({"role": "assistant", "content": answer})
+    Chat(model, system, max_length, **sampling).run()
 
 
-@app.command()
+@app.command(epilog="Example: arabic-qwen compare ./checkpoints/dpo --count 5 --blind")
 def compare(
     model: Annotated[str, typer.Argument(help="Output folder of a run")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times")] = None,
@@ -129,8 +167,13 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list and nothing else")] = False,
 ) -> None:
     """Show answers of a trained model beside those it gave before training."""
+    if blind and as_json:
+        raise ConfigurationError(
+            "--json: cannot be used with --blind, which asks on the terminal; leave one of them out"
+        )
     _set_up_output()
     from arabic_qwen import comparison
+    from arabic_qwen.terminal import isolated
 
     compared = comparison.compare(model, prompt or [], prompts, count, max_length)
     if blind:
@@ -140,9 +183,9 @@ def compare(
         print(json.dumps(compared, ensure_ascii=False, indent=2))
     else:
         for row in compared:
-            print(f"\nprompt   {row['prompt']}")
-            print(f"before   {row['reference_model_response']}")
-            print(f"trained  {row['trained_model_response']}")
+            print(f"\nprompt   {isolated(row['prompt'])}")
+            print(f"before   {isolated(row['reference_model_response'])}")
+            print(f"trained  {isolated(row['trained_model_response'])}")
 
 
 def _set_up_output() -> None:
@@ -160,7 +203,12 @@ def _set_up_output() -> None:
 def main() -> None:
     """Run the command; errors meant for users are one message and an exit code: 2 for configuration and data, else 1."""
     try:
-        app()
+        app(prog_name="arabic-qwen")
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, (ConfigurationError, DatasetError)) else 1)
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("arabic_qwen"):
+            raise
+        print(f"error: the package {error.name} is missing; pip install arabic-qwen brings it", file=sys.stderr)
+        sys.exit(1)

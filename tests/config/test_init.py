@@ -37,7 +37,7 @@ def test_missing_method(config_file):
 @pytest.mark.parametrize("method", ["ppo", "[sft]", "5", "{a: b}", "true"])
 def test_unknown_method(config_file, method):
     config_file.write_text(f"method: {method}\n")
-    with pytest.raises(ConfigurationError, match=f"{config_file}: method: .* is unknown; choose one of .*sft"):
+    with pytest.raises(ConfigurationError, match=f"{config_file}:1: method: .* is unknown; choose one of .*sft"):
         load_config(config_file)
 
 
@@ -47,7 +47,21 @@ def test_errors_name_the_file_on_every_line(config_file):
         load_config(config_file)
     lines = str(error.value).splitlines()
     assert len(lines) == 2
-    assert all(line.startswith(f"{config_file}: ") for line in lines)
+    assert {line.split(": ")[0] for line in lines} == {f"{config_file}:2", f"{config_file}:3"}
+
+
+def test_errors_name_the_override_that_is_wrong(config_file):
+    config_file.write_text("method: sft\nlora_r: 4\nload_in_4bit: true\n")
+    with pytest.raises(ConfigurationError) as error:
+        load_config(config_file, ["lora_r=0", "seed=1", "lerning_rate=1"])
+    assert [line.split(": ")[0] for line in str(error.value).splitlines()] == [
+        "override lora_r=0",
+        "override lerning_rate=1",
+    ]
+    with pytest.raises(ConfigurationError, match=r"^override method=ppo: method: 'ppo' is unknown"):
+        load_config(config_file, ["method=ppo"])
+    with pytest.raises(ConfigurationError, match=f"^{config_file} with load_in_8bit=true: load_in_4bit and"):
+        load_config(config_file, ["load_in_8bit=true"])
 
 
 def test_callbacks_cannot_be_named_in_a_file(config_file):

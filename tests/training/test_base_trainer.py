@@ -4,12 +4,13 @@ import json
 import logging
 import types
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, get_scheduler
 
 from arabic_qwen.config import SFTConfig, load_config
 from arabic_qwen.errors import ConfigurationError, DatasetError, ModelLoadError, TrainingError
@@ -163,13 +164,18 @@ class TestTrainingArguments:
         assert said in caplog.text
         assert {name: getattr(args, name) for name in expected} == expected
 
-    @pytest.mark.parametrize(
-        ("name", "value"), [("lr_scheduler_type", "sideways"), ("report_to", "nowhere"), ("deepspeed", "no/such.json")]
-    )
+    @pytest.mark.parametrize(("name", "value"), [("report_to", "nowhere"), ("deepspeed", "no/such.json")])
     def test_what_transformers_refuses_is_a_configuration_error(self, config, name, value):
         setattr(config, name, value)
         with pytest.raises(ConfigurationError, match=str(value)[:8]):
             BaseTrainer(config).get_training_arguments()
+
+    @pytest.mark.parametrize("name", sorted(get_args(SFTConfig.model_fields["lr_scheduler_type"].annotation)))
+    def test_every_schedule_is_transformers_and_needs_nothing_more(self, config, name):
+        config.lr_scheduler_type = name
+        args = BaseTrainer(config).get_training_arguments()
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        assert get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps=1, num_training_steps=4)
 
 
 class TestCallbacks:
@@ -221,6 +227,7 @@ class TestTrain:
         entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [e["step"] for e in entries if "eval_loss" in e][-1] == 2
         card = (folder / "README.md").read_text()
+        assert str(folder.parent) not in card and Path(config.dataset_path).name in card
         for part in ("base_model:", "9 examples", "eval_perplexity", "learning_rate", "load_model", "loss_curve.png"):
             assert part in card
 
@@ -254,6 +261,30 @@ class TestTrain:
             create_sft_trainer(config).train()
         config.overwrite_output_dir = True
         create_sft_trainer(config).train()
+
+    def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(self, trained, config, caplog):
+        Path(config.output_dir, "run_summary.json").unlink()
+        Path(config.output_dir, "checkpoint-3").mkdir()
+        create_sft_trainer(config).train()
+        assert "checkpoint-3: was not written to its end" in caplog.text
+        assert f"Going on from {config.output_dir}/checkpoint-2" in caplog.text
+
+    def test_a_run_that_cannot_start_leaves_nothing(self, trained, config, tmp_path):
+        for values in ({"dataset_path": "none.jsonl"}, {"metric_for_best_model": "bleu"}):
+            broken = config.model_copy(update=values | {"output_dir": str(tmp_path / "new")})
+            with pytest.raises(TrainingError):
+                create_sft_trainer(broken).train()
+        assert not (tmp_path / "new").exists()
+        with pytest.raises(DatasetError):  # nor does it set aside what is there
+            create_sft_trainer(config.model_copy(update={"dataset_path": "none.jsonl"})).train()
+        assert Path(config.output_dir, "run_summary.json").is_file()
+
+    @pytest.mark.parametrize("name", ["file", "file/below"])
+    def test_a_file_in_the_way_of_the_output_is_said_at_once(self, config, tmp_path, name):
+        (tmp_path / "file").write_text("mine")
+        config.output_dir, config.model_name = str(tmp_path / name), "never/loaded"
+        with pytest.raises(ConfigurationError, match=r"output_dir: .*file is a file.*choose another"):
+            create_sft_trainer(config).train()
 
     def test_a_run_that_is_trained_on_is_not_set_aside(self, trained, config):
         config.learning_rate, config.model_name = 5e-4, config.output_dir

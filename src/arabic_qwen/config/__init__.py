@@ -43,11 +43,11 @@ def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> 
     Raises:
         ConfigurationError: as :meth:`BaseConfig.from_yaml`, or `method:` is missing or unknown.
     """
-    values = read_config_file(path, overrides or [])
-    method = values.pop("method", None)
+    file = read_config_file(path, overrides or [])
+    method = file.values.pop("method", None)
     known = ", ".join(METHOD_CONFIGS)
     if method is None:
         raise ConfigurationError(f"{path}: method: is missing; add a line `method: NAME`, one of {known}")
     if not isinstance(method, str) or method not in METHOD_CONFIGS:
-        raise ConfigurationError(f"{path}: method: {method!r} is unknown; choose one of {known}")
-    return METHOD_CONFIGS[method].from_values(values, str(path))
+        raise ConfigurationError(file.locate(f"method: {method!r} is unknown; choose one of {known}"))
+    return METHOD_CONFIGS[method].from_file(file)

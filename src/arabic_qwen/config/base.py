@@ -11,14 +11,34 @@ import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from arabic_qwen.config.data import DataPath
-from arabic_qwen.config.yaml_io import dump_yaml, read_config_file
+from arabic_qwen.config.yaml_io import ConfigFile, dump_yaml, read_config_file
 from arabic_qwen.errors import ConfigurationError
 
 Self = TypeVar("Self", bound="BaseConfig")
 
 # YAML 1.1 reads a bare `no` as False.
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(lambda v: "no" if v is False else v)]
-Text = Annotated[str, BeforeValidator(lambda v: os.fspath(v) if isinstance(v, os.PathLike) else v)]
+#: transformers' schedules that need no further arguments.
+SchedulerName = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
+
+
+def _check_path(text: str) -> str:
+    if not text:
+        raise ValueError("must not be empty")
+    if "\0" in text:
+        raise ValueError("holds a NUL character, which no path has")
+    return text
+
+
+#: A path or a hub id.
+Text = Annotated[
+    str,
+    BeforeValidator(lambda v: os.fspath(v) if isinstance(v, os.PathLike) else v),
+    AfterValidator(_check_path),
+]
+_MAX_SEED = 2**32 - 1  # numpy's
 
 
 def _check_callback(value: Any) -> Any:
@@ -123,7 +143,7 @@ class BaseConfig(BaseModel):
     lora_r: int = Field(16, ge=1, description="Rank of the adapters")
     lora_alpha: int = Field(32, ge=1, description="Scale of the adapters: alpha / r")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the adapters' input")
-    lora_target_modules: list[str] | Literal["all-linear"] = Field(
+    lora_target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
         ["q_proj", "v_proj"], description="Names of the linear layers that get adapters, or all-linear"
     )
     use_rslora: bool = Field(False, description="Scale the adapters by alpha / sqrt(r): for high ranks")
@@ -138,7 +158,9 @@ class BaseConfig(BaseModel):
     )
 
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate")
-    num_train_epochs: int | float = Field(3, gt=0, description="Passes over the training set")
+    num_train_epochs: int | float = Field(
+        3, gt=0, description="Passes over the training set", json_schema_extra={"exclusiveMinimum": 0}
+    )
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; null: from num_train_epochs")
     per_device_train_batch_size: int = Field(4, ge=1, description="Training sequences per device and accumulation step")
     per_device_eval_batch_size: int = Field(8, ge=1, description="Evaluation sequences per device and step")
@@ -146,13 +168,15 @@ class BaseConfig(BaseModel):
     token_budget: int | None = Field(
         None, ge=1, description="Tokens computed at a time; changes speed and memory, never results; unset: by device"
     )
-    lr_scheduler_type: str = Field("linear", description="Learning-rate schedule, by its transformers name")
+    lr_scheduler_type: SchedulerName = Field("linear", description="Learning-rate schedule, by its transformers name")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient-norm clipping; 0: none")
     gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass to save memory")
-    seed: int = Field(42, ge=0, description="Seed of initialisation and dropout")
-    data_seed: int | None = Field(42, ge=0, description="Seed of the split and the data order; null: seed")
+    seed: int = Field(42, ge=0, le=_MAX_SEED, description="Seed of initialisation and dropout")
+    data_seed: int | None = Field(
+        42, ge=0, le=_MAX_SEED, description="Seed of the split and the data order; null: seed"
+    )
 
     evaluation_strategy: Strategy = Field("steps", description="When to evaluate: no, steps, epoch")
     eval_steps: int = Field(500, ge=1, description="Steps between evaluations")
@@ -258,21 +282,22 @@ class BaseConfig(BaseModel):
         Raises:
             ConfigurationError: the file is missing or not YAML, is for another method, or has bad keys or values.
         """
-        values = read_config_file(path, overrides or [])
-        method = values.pop("method", cls.method)
+        file = read_config_file(path, overrides or [])
+        method = file.values.pop("method", cls.method)
         if method != cls.method:
-            raise ConfigurationError(f"{path}: method: {method!r} is not {cls.method!r}, which {cls.__name__} is for")
-        return cls.from_values(values, str(path))
+            problem = f"method: {method!r} is not {cls.method!r}, which {cls.__name__} is for"
+            raise ConfigurationError(file.locate(problem))
+        return cls.from_file(file)
 
     @classmethod
-    def from_values(cls: type[Self], values: dict[str, Any], source: str) -> Self:
-        """Build from a dict; errors name `source`, the file that the values come from."""
-        if "callbacks" in values:
-            raise ConfigurationError(f"{source}: callbacks: are Python objects; set them in Python")
+    def from_file(cls: type[Self], file: ConfigFile) -> Self:
+        """Build from what was read; errors name the line or the override that is wrong."""
+        if "callbacks" in file.values:
+            raise ConfigurationError(file.locate("callbacks: are Python objects; set them in Python"))
         try:
-            return cls(**values)
+            return cls(**file.values)
         except ConfigurationError as error:
-            raise ConfigurationError("\n".join(f"{source}: {line}" for line in str(error).splitlines())) from None
+            raise ConfigurationError("\n".join(map(file.locate, str(error).splitlines()))) from None
 
     def to_yaml(self, path: str | os.PathLike) -> None:
         """Write every value except `callbacks` and an unset `output_dir`; `from_yaml` reads it back equal."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -46,7 +46,19 @@ def dump_yaml(values: dict[str, Any]) -> str:
     return yaml.dump(values, Dumper=_OneLineDumper, sort_keys=False, allow_unicode=True, width=10_000)
 
 
-def read_config_file(path: str | os.PathLike, overrides: list[str]) -> dict[str, Any]:
+class ConfigFile(NamedTuple):
+    """What a YAML file and overrides say, and where they say it."""
+
+    values: dict[str, Any]
+    source: str  # the file, and the overrides where there are any
+    places: dict[str, str]  # key -> `file:line`, or the override
+
+    def locate(self, problem: str) -> str:
+        """`key: reason` with the place of the key before it; other reasons with the source."""
+        return f"{self.places.get(problem.partition(':')[0], self.source)}: {problem}"
+
+
+def read_config_file(path: str | os.PathLike, overrides: list[str]) -> ConfigFile:
     """Read a YAML mapping, apply `key=value` overrides, then fill in `${NAME:-default}`.
 
     Raises:
@@ -58,22 +70,31 @@ def read_config_file(path: str | os.PathLike, overrides: list[str]) -> dict[str,
         raise ConfigurationError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    values = _parse(text, str(path))
+    values, lines = _parse(text, str(path))
     if values is None:
         values = {}
     if not isinstance(values, dict):
         raise ConfigurationError(f"{path}: must hold `key: value` lines, found a {type(values).__name__}")
+    places = {key: f"{path}:{line}" for key, line in lines.items()}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ConfigurationError(f"{override}: overrides are written key=value, for example learning_rate=1e-4")
-        values[key] = _parse(value, override)
-    return {str(key): _substitute(value, f"{path}: {key}") for key, value in values.items()}
+        places[key] = f"override {override}"
+        values[key], _ = _parse(value, places[key])
+    source = f"{path} with {' '.join(overrides)}" if overrides else str(path)
+    filled = {str(key): _substitute(value, f"{places[str(key)]}: {key}") for key, value in values.items()}
+    return ConfigFile(filled, source, places)
 
 
-def _parse(text: str, source: str) -> Any:
+def _parse(text: str, source: str) -> tuple[Any, dict[str, int]]:
+    """The value of YAML text, and the line of each key where it is a mapping."""
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        value = None if node is None else loader.construct_document(node)
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        return value, {str(loader.construct_object(key)): key.start_mark.line + 1 for key, _ in pairs}
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
@@ -103,5 +124,5 @@ def _substitute(value: Any, source: str) -> Any:
     text = _VARIABLE.sub(lookup, value)
     # Fields read numbers and booleans from text; null and lists they do not.
     if _VARIABLE.fullmatch(value) and (text in ("", "null", "~") or text.startswith("[")):
-        return _parse(text, source)
+        return _parse(text, source)[0]
     return text

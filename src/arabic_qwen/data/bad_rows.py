@@ -28,66 +28,70 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate launch
-
-
 class BadRows:
     """Collects bad rows in file order; one that is met again counts once.
 
     Args:
         limit: how many may be left out.
-        file: where they are written, as they come; None: nowhere.
-        append: `file` is an earlier run's, which :meth:`restore` will go on with.
+        file: where they are written, once :meth:`keep` is called or they are too many; None: nowhere.
     """
 
-    def __init__(self, limit: int = 0, file: Path | None = None, append: bool = False):
+    def __init__(self, limit: int = 0, file: Path | None = None):
         self.limit = limit
         self.file = file
-        self._append = append
-        self._reasons: dict[str, str] = {}  # by place
+        self._found: dict[str, dict[str, Any]] = {}  # by place, as they are written
+        self._keeps = False
+        there = file.read_text(encoding="utf-8").splitlines() if file and file.is_file() else []
+        self._earlier = {entry["where"]: entry for entry in map(json.loads, there)}
 
     @property
     def places(self) -> list[str]:
-        return list(self._reasons)
+        return list(self._found)
 
     def restore(self, places: list[str]) -> None:
-        """Count these as well, and take everything else that an earlier run found out of the file."""
-        assert self.file
-        is_mine = self.file.is_file() and _is_first_process()
-        lines = self.file.read_text(encoding="utf-8").splitlines() if is_mine else []
-        kept = {entry["where"]: (entry, line) for line in lines for entry in [json.loads(line)]}
-        kept = {place: found for place, found in kept.items() if place in {*places, *self._reasons}}
-        self._reasons = dict.fromkeys(places, "") | {place: entry["reason"] for place, (entry, _) in kept.items()}
-        if is_mine:
-            self.file.write_text("".join(line + "\n" for _, line in kept.values()), encoding="utf-8")
+        """Count what an earlier run, which this one goes on with, had found in these places."""
+        unknown = {"reason": "", "row": None}
+        self._found = {place: self._earlier.get(place, {"where": place, **unknown}) for place in places} | self._found
+        self._write()
 
     def __len__(self) -> int:
-        return len(self._reasons)
+        return len(self._found)
 
     def add(self, bad: BadRow) -> None:
-        if bad.where in self._reasons:
+        if bad.where not in self._found:
+            self._found[bad.where] = bad._asdict()
+            if self._keeps:
+                self._write()
+
+    def keep(self) -> None:
+        """Write what was found, and from now on what is found."""
+        self._keeps = True
+        self._write()
+
+    def _write(self) -> None:
+        if not self.file or os.environ.get("RANK", "0") != "0":  # set by torchrun and accelerate launch
             return
-        if self.file and _is_first_process():
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            # JSON's own escapes for halves of surrogate pairs, which UTF-8 lacks
-            with self.file.open(
-                "a" if self._reasons or self._append else "w", encoding="utf-8", errors="backslashreplace"
-            ) as out:
-                out.write(json.dumps(bad._asdict(), ensure_ascii=False, default=str) + "\n")
-        self._reasons[bad.where] = bad.reason
+        if not self._found:
+            self.file.unlink(missing_ok=True)
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(entry, ensure_ascii=False, default=str) + "\n" for entry in self._found.values()]
+        # JSON's own escapes for halves of surrogate pairs, which UTF-8 lacks
+        self.file.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
     def check(self) -> None:
         """Raise DatasetError, naming the first ten, where there are more than the limit."""
         if len(self) <= self.limit:
             return
-        places = list(self._reasons)
+        self._write()
+        places = self.places
+        reasons = [entry["reason"] for entry in self._found.values()]
         more = len(places) - _SHOWN
-        if len(places) > 1 and len(set(self._reasons.values())) == 1:
+        if len(places) > 1 and len(set(reasons)) == 1:
             rest = f", … and {more:,} more" if more > 0 else ""
-            lines = [f"{', '.join(places[:_SHOWN])}{rest}: {self._reasons[places[0]]}"]
+            lines = [f"{', '.join(places[:_SHOWN])}{rest}: {reasons[0]}"]
         else:
-            lines = [f"{place}: {self._reasons[place]}" for place in places[:_SHOWN]]
+            lines = [f"{place}: {reason}" for place, reason in list(zip(places, reasons, strict=True))[:_SHOWN]]
             lines += [f"… and {more:,} more"] if more > 0 else []
         them = "it" if len(places) == 1 else "them"
         remedy = f"correct or remove {them}"

@@ -65,8 +65,8 @@ class DataLoader:
         """The row's groups. Raises ValueError where the row cannot be used."""
         raise NotImplementedError
 
-    def last_user_turn(self, values: dict[str, Any]) -> str:
-        """What the user says last in a row. Raises ValueError where the row cannot be used."""
+    def prompt(self, values: dict[str, Any]) -> list[Message]:
+        """The row's conversation before its last answer. Raises ValueError where the row cannot be used."""
         raise NotImplementedError
 
     def _split_key(self, row: Row) -> str:
@@ -86,9 +86,7 @@ class DataLoader:
             DatasetError: a file cannot be read, or more than `max_bad_rows` rows cannot be trained on.
         """
         config = self.config
-        folder = Path(config.resolved_output_dir)
-        goes_on = config.streaming and any(folder.glob("checkpoint-*"))
-        self.bad_rows = BadRows(config.max_bad_rows, folder / BAD_ROWS_FILE, append=goes_on)
+        self.bad_rows = BadRows(config.max_bad_rows, Path(config.resolved_output_dir, BAD_ROWS_FILE))
         train = [] if config.streaming else self._read(config.dataset_path)
         validation = self._read(config.eval_dataset_path) if config.eval_dataset_path else []
         self.bad_rows.check()
@@ -240,8 +238,8 @@ class SFTDataLoader(DataLoader):
         messages = to_conversation(values, self.config.system_prompt)
         return [Draft([pieces]) for pieces in render_pieces(self.tokenizer, messages)]
 
-    def last_user_turn(self, values: dict[str, Any]) -> str:
-        return to_conversation(values)[-2]["content"]
+    def prompt(self, values: dict[str, Any]) -> list[Message]:
+        return to_conversation(values)[:-1]
 
 
 class _PreferenceDataLoader(DataLoader):
@@ -254,13 +252,13 @@ class _PreferenceDataLoader(DataLoader):
         prompt = self._trim(prompt, example)
         return [Draft([render_answer(self.tokenizer, prompt, answer) for answer in answers], label, lengths)]
 
-    def last_user_turn(self, values: dict[str, Any]) -> str:
-        return self.read(values)[0][-1]["content"]
+    def prompt(self, values: dict[str, Any]) -> list[Message]:
+        return self.read(values).prompt
 
     def _split_key(self, row: Row) -> str:
         """The prompt: a pair whose prompt is trained on in another pair is not unseen."""
         try:
-            prompt = json.dumps(self.read(row.values)[0])
+            prompt = json.dumps(self.prompt(row.values))
             return hashlib.sha256(prompt.encode()).hexdigest()  # not the prompt itself, which may be long
         except ValueError:
             return row.where

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,6 +109,10 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
             disable_tqdm=True,
         )
     except (ValueError, ImportError, OSError) as error:
+        if config.ddp_backend and "WORLD_SIZE" not in os.environ:
+            raise ConfigurationError(
+                f"ddp_backend: {config.ddp_backend!r} is for several processes, which torchrun starts; set it to null"
+            ) from error
         raise ConfigurationError(f"transformers refuses the configuration: {error}") from error
 
 

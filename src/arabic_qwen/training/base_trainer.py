@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ from arabic_qwen.models import adapters, loading, precision, sources
 from arabic_qwen.models.reference import precompute, reference_policy
 from arabic_qwen.training import checkpoints
 from arabic_qwen.training.arguments import Schedule, resolve_schedule, training_arguments
-from arabic_qwen.training.callbacks import ProgressDisplay, RunLog
+from arabic_qwen.training.callbacks import ProgressDisplay, RunLog, StopOnSignal
 from arabic_qwen.training.engine import PackedTrainer
 from arabic_qwen.training.generation import GenerationMixin
 from arabic_qwen.training.objectives import METHODS
@@ -141,34 +142,33 @@ class BaseTrainer(GenerationMixin):
 
         Raises:
             ConfigurationError, ModelLoadError, DatasetError: see the steps.
+            KeyboardInterrupt: Ctrl-C was pressed; the running step was finished and saved first.
         """
         self._inherit_prompt_format(self._source, keep=self._validated().model_fields_set)
-        config = self._validated()
-        output_dir = checkpoints.open_run(config)
-        if checkpoints.is_finished(output_dir) and not config.overwrite_output_dir:
+        run = checkpoints.find_run(self._validated())
+        if run.finished:
             self.logger.warning(
-                "%s holds this run, finished; set overwrite_output_dir to true to repeat it", output_dir
+                "%s holds this run, finished; set overwrite_output_dir to true to repeat it", run.folder
             )
-            self.load_model(str(output_dir))
-            self.metrics = checkpoints.read_summary(output_dir)["metrics"]
+            self.load_model(str(run.folder))
+            self.metrics = checkpoints.read_summary(run.folder)["metrics"]
             return
 
-        if not self._model_is_trainable:  # load_model() brought it in for generation
-            self.model = None
-        self.setup_model_and_tokenizer()
-        if self.config.use_lora:
-            self.setup_lora()
-        elif config.learning_rate > 1e-4:
-            self.logger.warning("learning_rate: %g suits adapters; all weights usually take 1e-5", config.learning_rate)
-        self.dataset = self.load_and_validate_dataset()
-        training_args = self.get_training_arguments()
-        callbacks = self.get_callbacks()
-        self.trainer = self.create_trainer(self.dataset, training_args, callbacks)
-        self.trainer.remove_callback(PrinterCallback)  # ProgressDisplay has said it
-        checkpoint = checkpoints.last_checkpoint(output_dir)
-        if checkpoint:
-            self.logger.warning("Going on from %s", checkpoint)
-        result = self.trainer.train(resume_from_checkpoint=checkpoint)
+        self.trainer, self.dataset = self.prepare()
+        # Only now: a run that cannot start leaves no folder behind.
+        checkpoints.begin_run(run, self._validated())
+        if self.data_loader:
+            self.data_loader.bad_rows.keep()
+        if run.checkpoint:
+            self.logger.warning("Going on from %s", run.checkpoint)
+        stop = StopOnSignal()
+        self.trainer.add_callback(stop)
+        try:
+            result = self.trainer.train(resume_from_checkpoint=run.checkpoint)
+        finally:
+            stop.restore()
+        if stop.received:
+            raise SystemExit(128 + stop.received) if stop.received == signal.SIGTERM else KeyboardInterrupt
 
         self.trainer.remove_callback(MLflowCallback)  # its run has ended; the evaluation would start another
         if "validation" in self.dataset:
@@ -176,8 +176,30 @@ class BaseTrainer(GenerationMixin):
         self.save_model()
         if self.trainer.is_world_process_zero():
             summary = {"metrics": self.metrics, "train": result.metrics, "data": self._data_summary()}
-            checkpoints.finish_run(output_dir, summary)
-        self.logger.info("Saved to %s", output_dir)
+            checkpoints.finish_run(run.folder, summary)
+        self.logger.info("Saved to %s", run.folder)
+
+    def prepare(self) -> tuple[Trainer, dict[str, Any]]:
+        """Everything before the first step: model, adapters, data, arguments, callbacks; the trainer and its dataset.
+
+        Raises:
+            ConfigurationError, ModelLoadError, DatasetError: see the steps.
+        """
+        if not self._model_is_trainable:  # load_model() brought it in for generation
+            self.model = None
+        self.setup_model_and_tokenizer()
+        if self.config.use_lora:
+            self.setup_lora()
+        elif self.config.learning_rate > 1e-4:
+            self.logger.warning(
+                "learning_rate: %g suits adapters; all weights usually take 1e-5", self.config.learning_rate
+            )
+        self.dataset = dataset = self.load_and_validate_dataset()
+        training_args = self.get_training_arguments()
+        callbacks = self.get_callbacks()
+        trainer = self.create_trainer(dataset, training_args, callbacks)
+        trainer.remove_callback(PrinterCallback)  # ProgressDisplay has said it
+        return trainer, dataset
 
     def setup_model_and_tokenizer(self) -> None:
         """Load model and tokenizer as `model_name`, precision and quantisation say; nothing if they are there.

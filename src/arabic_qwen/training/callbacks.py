@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
@@ -50,6 +55,46 @@ class ProgressDisplay(TrainerCallback):
         if self.bar:
             self.bar.stop()
             self.bar = None
+
+
+class StopOnSignal(TrainerCallback):
+    """On Ctrl-C or SIGTERM the running step is finished and saved, then training stops; a second one stops at once.
+
+    Attributes:
+        received: the signal, once there was one.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.before: dict[int, Any] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number, frame):
+        self.received = signal.Signals(number)
+        self.restore()
+        print("stopping after this step, which is saved; once more to stop at once", file=sys.stderr)
+
+    def restore(self) -> None:
+        """Give signals back to who had them before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        received = torch.tensor(float(self.received is not None), device=args.device)
+        if args.world_size > 1:  # all processes stop at the same step
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        if received:
+            self.received = self.received or signal.SIGINT
+            control.should_save = control.should_training_stop = True
+            # At its end training would load the best checkpoint, and delete this one where one is kept.
+            args.load_best_model_at_end, args.save_total_limit = False, None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.restore()
 
 
 class RunLog(TrainerCallback):

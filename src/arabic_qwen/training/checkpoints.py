@@ -8,9 +8,9 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from arabic_qwen.config import BaseConfig, load_config
 from arabic_qwen.data.bad_rows import BAD_ROWS_FILE
@@ -26,45 +26,85 @@ SUMMARY = "run_summary.json"  # written last: a folder that has it holds a finis
 _HARMLESS = {"overwrite_output_dir", "report_to", "run_name", "logging_steps", "output_dir", "max_bad_rows"}
 
 
-def open_run(config: BaseConfig) -> Path:
-    """Make the output folder ready for `config` and record it there.
+class Run(NamedTuple):
+    """What an output folder holds of the run that is to be written there."""
 
-    An earlier run with the same settings stays, to be continued or found finished. A finished run with other settings
-    is set aside: its folder gets a number (`sft-1`). Of several processes only the first
-    writes; the others can rely on it once the process group is up.
+    folder: Path
+    finished: bool = False
+    checkpoint: str | None = None  # to go on from
+    in_the_way: bool = False  # it holds a finished run with other settings
+
+
+def find_run(config: BaseConfig) -> Run:
+    """What the output folder holds of a run with these settings; writes nothing.
 
     Raises:
         ConfigurationError: the folder holds an unfinished run with other settings, or cannot be written.
     """
     folder = Path(config.resolved_output_dir)
-    if not is_first_process():
-        return folder
+    _check_writable(folder)
+    if config.overwrite_output_dir or not folder.is_dir():
+        return Run(folder)
+    finished, checkpoint = is_finished(folder), _newest_checkpoint(folder)
+    record = folder / RUN_CONFIG
+    changed = _differences(load_config(record), config) if record.is_file() else []
+    if not changed:
+        return Run(folder, finished, checkpoint)
+    if not finished and not checkpoint:
+        return Run(folder)
+    if not finished or Path(config.model_name).absolute().is_relative_to(folder.absolute()):
+        raise ConfigurationError(
+            f"output_dir: {folder} holds a run with other settings ({'; '.join(changed)}); "
+            "choose another output_dir, or set overwrite_output_dir to true to discard that run"
+        )
+    return Run(folder, in_the_way=True)
+
+
+def begin_run(run: Run, config: BaseConfig) -> None:
+    """Make the output folder ready and record the configuration there; of several processes the first does it.
+
+    An earlier run is discarded with `overwrite_output_dir`; a finished one with other settings is set aside: its folder
+    gets a number (`sft-1`).
+
+    Raises:
+        ConfigurationError: the folder cannot be written.
+    """
+    if os.environ.get("RANK", "0") != "0":  # set by torchrun and accelerate launch
+        return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if config.overwrite_output_dir:
-            _discard(folder)
-        record = folder / RUN_CONFIG
-        if not is_finished(folder) and not last_checkpoint(folder):
-            (folder / BAD_ROWS_FILE).unlink(missing_ok=True)  # of a run that was refused
-        elif record.is_file():
-            changed = _differences(load_config(record), config)
-            if changed and (
-                not is_finished(folder) or Path(config.model_name).absolute().is_relative_to(folder.absolute())
-            ):
-                raise ConfigurationError(
-                    f"output_dir: {folder} holds a run with other settings ({'; '.join(changed)}); "
-                    "choose another output_dir, or set overwrite_output_dir to true to discard that run"
-                )
-            if changed:
-                _set_aside(folder)
-        config.model_copy(update={"output_dir": str(folder)}).to_yaml(record)
+            _discard(run.folder)
+        elif run.in_the_way:
+            _set_aside(run.folder)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        config.model_copy(update={"output_dir": str(run.folder)}).to_yaml(run.folder / RUN_CONFIG)
     except OSError as error:
-        raise ConfigurationError(f"output_dir: {folder} cannot be written ({error.strerror}); choose another") from None
-    return folder
+        raise _not_writable(run.folder, error.strerror) from None
 
 
-def is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate launch
+def _check_writable(folder: Path) -> None:
+    try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    except OSError as error:  # a name that is too long
+        raise _not_writable(folder, error.strerror) from None
+    if not there.is_dir():
+        raise _not_writable(folder, f"{there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _not_writable(folder, "no permission")
+
+
+def _not_writable(folder: Path, reason: str | None) -> ConfigurationError:
+    return ConfigurationError(f"output_dir: {folder} cannot be written ({reason}); choose another output_dir")
+
+
+def _newest_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
+        if (path / TRAINER_STATE_NAME).is_file():  # what transformers writes last
+            return str(path)
+        logger.warning("%s: was not written to its end; it is passed over", path)
+    return None
 
 
 def _differences(old: BaseConfig, new: BaseConfig) -> list[str]:
@@ -78,7 +118,6 @@ def _set_aside(folder: Path) -> None:
     """Rename the folder of a finished run, so that another run can take its name and nothing is lost."""
     number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}-{n}").exists())
     aside = folder.rename(folder.with_name(f"{folder.name}-{number}"))
-    folder.mkdir()
     logger.warning("%s held a finished run with other settings, which is in %s now", folder, aside)
 
 
@@ -88,10 +127,6 @@ def _discard(folder: Path) -> None:
         shutil.rmtree(checkpoint)
     for name in (SUMMARY, METRICS_FILE, LOSS_CURVE, RUN_CONFIG, BAD_ROWS_FILE):
         (folder / name).unlink(missing_ok=True)
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    return get_last_checkpoint(str(folder))
 
 
 def is_finished(folder: Path) -> bool:

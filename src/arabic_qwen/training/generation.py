@@ -23,20 +23,25 @@ class GenerationMixin:
     _validated: Callable[[], Any]
     setup_model_and_tokenizer: Callable[[], None]
 
-    def predict(self, text: str | list[str], max_length: int = 512, **kwargs: Any) -> Any:
+    def predict(self, text: str | list[str] | list[list[Message]], max_length: int = 512, **kwargs: Any) -> Any:
         """Answer a prompt, or several at once, in the prompt format that the model was trained with.
 
         Args:
-            text: what the user says; a list is answered in batches of `per_device_eval_batch_size`.
+            text: what the user says; a list is answered in batches of `per_device_eval_batch_size`, and may hold
+                whole conversations, as lists of messages.
             max_length: new tokens at most.
             kwargs: for `generate()`: do_sample, temperature, top_p, top_k, repetition_penalty …
 
         Returns:
             The answer, or a list of answers.
         """
-        texts = [text] if isinstance(text, str) else text
-        system = [{"role": "system", "content": self.config.system_prompt}] if self.config.system_prompt else []
-        answers = self.respond([[*system, {"role": "user", "content": t}] for t in texts], max_length, **kwargs)
+        conversations = []
+        for prompt in [text] if isinstance(text, str) else text:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            if self.config.system_prompt and messages[0]["role"] != "system":
+                messages = [{"role": "system", "content": self.config.system_prompt}, *messages]
+            conversations.append(messages)
+        answers = self.respond(conversations, max_length, **kwargs)
         return answers[0] if isinstance(text, str) else answers
 
     @torch.inference_mode()
@@ -66,11 +71,13 @@ class GenerationMixin:
                 answers[i] = answer.strip()
         return answers
 
-    def generate_comparison(self, prompt: str | list[str], max_length: int = 256, **kwargs: Any) -> Any:
+    def generate_comparison(
+        self, prompt: str | list[str] | list[list[Message]], max_length: int = 256, **kwargs: Any
+    ) -> Any:
         """Answers of the trained model and of what it was before training, side by side.
 
         Args:
-            prompt: what the user says; or a list, answered in batches.
+            prompt: what the user says; or a list, as for :meth:`predict`.
             max_length: new tokens at most.
             kwargs: for `generate()`.
 

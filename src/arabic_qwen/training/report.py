@@ -18,6 +18,9 @@ from arabic_qwen.config.data import describe
 METRICS_FILE = "metrics.jsonl"
 LOSS_CURVE = "loss_curve.png"
 
+#: Settings that may be paths.
+_PATHS = ("model_name", "ref_model_name", "dataset_path", "eval_dataset_path", "output_dir", "deepspeed")
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The entries of a metrics file; none where it does not exist."""
@@ -46,6 +49,12 @@ def draw_loss_curve(run_dir: Path) -> Path | None:
     return run_dir / LOSS_CURVE
 
 
+def _unlocated(config: BaseConfig) -> BaseConfig:
+    """Of a path on this machine only the last part: a card is published."""
+    paths = {name: str(getattr(config, name, None) or "") for name in _PATHS}
+    return config.model_copy(update={n: Path(path).name for n, path in paths.items() if Path(path).is_absolute()})
+
+
 def model_card(config: BaseConfig, metrics: dict[str, float], data: dict[str, str], *, adapter: bool) -> str:
     """README.md of an output folder, in the hub's format.
 
@@ -55,6 +64,7 @@ def model_card(config: BaseConfig, metrics: dict[str, float], data: dict[str, st
         data: one line on each split, and on rows left out.
         adapter: whether the folder holds adapters, not a whole model.
     """
+    config = _unlocated(config)
     header = ["---", "language: ar", "library_name: " + ("peft" if adapter else "transformers")]
     header += [f"base_model: {config.model_name}", f"tags: [arabic-qwen, {config.method}]", "---"]
     what = "LoRA adapters for" if adapter else "Full weights, fine-tuned from"

@@ -1,0 +1,88 @@
+"""`train --dry-run`: the run without the steps."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from arabic_qwen import dry_run
+from arabic_qwen.config import METHOD_CONFIGS, DPOConfig, SFTConfig
+from arabic_qwen.errors import DatasetError, TrainingError
+from arabic_qwen.training.base_trainer import BaseTrainer
+from tests.test_cli import in_process
+
+
+def config_for(method, model_dir, **values):
+    settings = {"model_name": str(model_dir), "instruction_template": "chatml", "torch_dtype": "float32"}
+    sample = {"sft": "sft", "kto": "kto"}.get(method, "dpo")
+    return METHOD_CONFIGS[method](**settings | {"dataset_path": f"sample:{sample}", "output_dir": "run"} | values)
+
+
+@pytest.mark.parametrize("method", METHOD_CONFIGS)
+def test_every_method_is_rehearsed_and_nothing_written(model_dir, tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    text = "\n".join(dry_run.dry_run(config_for(method, model_dir)))
+    assert not list(tmp_path.iterdir())
+    for part in ("of them trained", "train  ", "validation", "steps  ", "first step", "⟦", "time  ", "memory  "):
+        assert part in text
+    assert text.endswith("nothing was written")
+
+
+def test_steps_are_those_of_the_run(model_dir, sft_file, tmp_path):
+    values = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "packing": False}
+    config = config_for("sft", model_dir, dataset_path=str(sft_file), output_dir=str(tmp_path / "run"), **values)
+    text = "\n".join(dry_run.dry_run(config))
+    trainer = BaseTrainer(config)
+    trainer.train()
+    assert f"steps      {trainer.trainer.state.global_step}," in text
+    assert "first step 4 examples" in text
+
+
+def test_what_is_learned_is_marked(tokenizer):
+    from arabic_qwen.data.loaders import SFTDataLoader
+    from arabic_qwen.data.templates import set_template
+
+    set_template(tokenizer, "chatml", "")
+    turns = [("user", "ما عاصمة مصر؟"), ("assistant", "القاهرة."), ("user", "وتونس؟"), ("assistant", "تونس.")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    (group,) = SFTDataLoader(SFTConfig(), tokenizer).encode([row]).groups
+    shown = "\n".join(dry_run._marked(group, tokenizer))
+    assert re.findall("⟦(.*?)⟧", shown) == ["القاهرة.<|im_end|>", "تونس.<|im_end|>"]
+
+
+def test_memory_and_time_follow_from_what_was_measured(model_dir, monkeypatch):
+    config = config_for("dpo", model_dir, max_steps=10, token_budget=100)
+    monkeypatch.setattr(dry_run, "_measure", lambda engine: dry_run.Measured(50, 0.5, 10**9, 2 * 10**9))
+    lines = dry_run.dry_run(config)
+    cost = "\n".join(lines)
+    assert "100 tokens/s, measured on 50 tokens" in cost
+    (tokens,) = map(int, re.findall(r"about ([\d,]+) tokens each", cost))
+    assert f"about 0 min {10 * tokens / 100:02.0f} s" in cost
+    largest = int(re.findall(r"largest of (\d+) tokens", cost)[0])
+    assert f"{largest / 50:.2f} GB activations" in cost
+
+
+def test_errors_are_those_of_the_run(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DatasetError, match=r"none\.jsonl: cannot be read"):
+        dry_run.dry_run(config_for("sft", model_dir, dataset_path="none.jsonl"))
+
+
+def test_too_little_memory_is_told(model_dir, monkeypatch):
+    def overflow(self, *args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("arabic_qwen.training.engine.PackedTrainer.training_step", overflow)
+    with pytest.raises(TrainingError, match=r"does not fit .*; lower token_budget \(it is 2,048\)"):
+        dry_run.dry_run(config_for("sft", model_dir))
+
+
+def test_precomputed_reference_is_left_to_the_run(model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config_for("dpo", model_dir, precompute_reference=True).to_yaml("dpo.yaml")
+    code, shown, said = in_process(monkeypatch, capsys, "train", "dpo.yaml", "--dry-run")
+    assert code == 0, said
+    assert "nothing was written" in shown
+    assert [path.name for path in Path().iterdir()] == ["dpo.yaml"]
+    assert isinstance(DPOConfig.from_yaml("dpo.yaml"), DPOConfig)
