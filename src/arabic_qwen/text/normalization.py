@@ -46,7 +46,7 @@ def normalization_report(
     steps = _steps(profile, frozenset(rules.items()))
     reports = {name: RuleReport() for name, _ in steps}
     for text in texts:
-        changed_by = set()
+        changed_by: set[str] = set()
 
         def count(name: str, before: str, after: str, changed_by: set[str] = changed_by) -> None:
             changed_by.add(name)

@@ -64,6 +64,8 @@ def presentation_forms(text: str) -> str:
 
 def strip_tatweel(text: str) -> str:
     """Without tatweel, except one after a heh that no letter touches: the sign هـ of Hijri years and of lists."""
+    if "هـ" not in text:
+        return text.replace(TATWEEL, "")
     return _TATWEEL.sub(lambda match: "هـ" if match[0][0] == "ه" else "", text)
 
 
@@ -76,7 +78,8 @@ def in_arabic_lines(change: Function, text: str) -> str:
 
 def strip_joiners(text: str) -> str:
     """Without zero-width (non-)joiners beside Arabic characters; those within emoji and other scripts stay."""
-    return in_arabic_lines(partial(_JOINERS.sub, ""), text) if _JOINERS.search(text) else text
+    present = any(joiner in text for joiner in ZWNJ_ZWJ)
+    return in_arabic_lines(partial(_JOINERS.sub, ""), text) if present else text
 
 
 def arabic_letters(text: str) -> str:
@@ -94,6 +97,12 @@ def arabic_digits(text: str) -> str:
 def shorten_repeats(text: str) -> str:
     """راااائع → رائع, هههههه → ههه: no word has a long vowel three times in a row, or another letter four times."""
     return _REPEATS.sub(lambda match: match[1] or match[2] * 3, text)
+
+
+def nfkc(text: str) -> str:
+    if unicodedata.is_normalized("NFKC", text):
+        return text
+    return unicodedata.normalize("NFKC", presentation_forms(text))
 
 
 def delete(characters: str) -> Function:
@@ -202,7 +211,7 @@ COMPARE = (
     Rule(
         "nfkc",
         True,
-        switch(lambda text: unicodedata.normalize("NFKC", presentation_forms(text))),
+        switch(nfkc),
         "Unicode normal form KC: glyph codes, ligatures (ﷺ too), full-width forms and special spaces",
         "what is drawn alike or reads alike is equal",
     ),
@@ -220,7 +229,7 @@ COMPARE = (
         "all diacritics and Quranic marks removed, dagger alef (U+0670) too",
         "optional in writing",
     ),
-    Rule("tatweel", True, switch(delete(TATWEEL)), "removed everywhere", "optional in writing"),
+    Rule("tatweel", True, switch(lambda text: text.replace(TATWEEL, "")), "removed everywhere", "optional in writing"),
     Rule("alef", True, switch(replace("أإآٱ", "اااا")), "أ إ آ ٱ → ا", "often written without hamza"),
     Rule("alef_maksura", True, switch(replace("ى", "ي")), "ى → ي", "Egyptian spelling writes both as ى"),
     Rule("teh_marbuta", True, switch(replace("ة", "ه")), "ة → ه", "often written without dots"),

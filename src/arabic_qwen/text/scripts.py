@@ -7,11 +7,25 @@ import regex
 
 from arabic_qwen.text.spans import PLACEHOLDER, hide_spans
 
-# The scripts of the languages that Qwen models write; letters of any other count as "Other".
+# The scripts of most text on the web; letters of any other count as "Other".
 SCRIPTS = (
-    "Arabic Latin Han Cyrillic Hiragana Katakana Hangul Greek Hebrew Devanagari Bengali Thai Tamil Telugu Armenian "
-    "Georgian Ethiopic Khmer Lao Myanmar Sinhala Syriac Tifinagh Gujarati Gurmukhi Kannada Malayalam"
-).split()
+    "Arabic",
+    "Latin",
+    "Han",
+    "Cyrillic",
+    "Hiragana",
+    "Katakana",
+    "Hangul",
+    "Greek",
+    "Hebrew",
+    "Devanagari",
+    "Bengali",
+    "Thai",
+    "Tamil",
+    "Armenian",
+    "Georgian",
+    "Ethiopic",
+)
 _PATTERNS = {script: regex.compile(rf"\p{{Script={script}}}") for script in SCRIPTS}
 _LETTER = regex.compile(r"\p{L}")
 _SHARED = regex.compile(r"[\p{Script=Common}\p{Script=Inherited}]")  # tatweel, ª, mathematical letters
