@@ -4,6 +4,7 @@ import json
 import re
 import unicodedata
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -51,6 +52,24 @@ def test_idempotent_whatever_is_switched(profile, data, text):
     rules = data.draw(switches[profile])
     once = normalize(text, profile, **rules)
     assert normalize(once, profile, **rules) == once
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "``\u200b`ـ`",  # three backticks once the space is gone
+        "http:\u200b//x کـ",  # a URL
+        "ک\u200cه کتاب",  # a Persian word
+        "ا\u200b\u0653لة",  # a letter and its madda
+        "ب\u200dهـ",  # a letter before the heh
+        "آآاا\u0653ا\u0653",
+    ],
+)
+def test_idempotent_where_one_change_makes_room_for_another(text):
+    opted_in = {"diacritics": "strip", "digits": "arabic", "repeats": True}
+    for profile, rules in (("train", {}), ("train", opted_in), ("compare", {})):
+        once = normalize(text, profile, **rules)
+        assert normalize(once, profile, **rules) == once
 
 
 @given(arabic | st.text())
@@ -237,3 +256,9 @@ def test_rules_table_has_a_row_for_each_rule(profile):
     rows = rules_table(profile).splitlines()
     assert [re.match(r"\| `(\w+)`", row)[1] for row in rows[2:]] == list(SETTINGS[profile])
     assert all(len(row.split("|")) == 6 for row in rows)
+
+
+@pytest.mark.parametrize("profile", sorted(PROFILES))
+def test_documentation_shows_the_rules_as_they_are(profile):
+    page = Path(__file__).parents[2] / "docs" / "arabic_data.md"
+    assert rules_table(profile) in page.read_text(encoding="utf-8"), "paste rules_table(profile) into the page"

@@ -45,19 +45,19 @@ def normalization_report(
     """
     steps = _steps(profile, frozenset(rules.items()))
     reports = {name: RuleReport() for name, _ in steps}
+    changed: set[str] = set()  # the rules that changed the present text
+
+    def count(rule: str, before: str, after: str) -> None:
+        changed.add(rule)
+        reports[rule].characters += _changed_characters(before, after)
+        if len(reports[rule].examples) < examples:
+            reports[rule].examples.append(_around_first_change(before, after))
+
     for text in texts:
-        changed_by: set[str] = set()
-
-        def count(name: str, before: str, after: str, changed_by: set[str] = changed_by) -> None:
-            changed_by.add(name)
-            report = reports[name]
-            report.characters += _changed_characters(before, after)
-            if len(report.examples) < examples:
-                report.examples.append(_around_first_change(before, after))
-
+        changed.clear()
         _apply(text, profile, steps, count)
-        for name in changed_by:
-            reports[name].texts += 1
+        for rule in changed:
+            reports[rule].texts += 1
     return reports
 
 
