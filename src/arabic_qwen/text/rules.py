@@ -14,7 +14,7 @@ ZWNJ_ZWJ = "\u200c\u200d"
 
 # Insides of regular expression character classes.
 TANWIN_SHADDA = "\u064b-\u064d\u0651"
-VOWELS = "\u064e-\u0650\u0652\u0657-\u065f\u0656\u0670"  # short vowels, sukun, dagger alef, and rarer vowel signs
+VOWELS = "\u064e-\u0650\u0652\u0656-\u065f\u0670"  # short vowels, sukun, dagger alef, and rarer vowel signs
 QURANIC = "\u0610-\u061a\u06d6-\u06dc\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed\u0898-\u089f\u08ca-\u08e1\u08e3-\u08ff"
 HAMZA_MADDA = "\u0653-\u0655"  # combining: parts of the letters آ أ إ ؤ ئ, not diacritics
 MARKS = TANWIN_SHADDA + VOWELS + QURANIC + HAMZA_MADDA
@@ -37,13 +37,13 @@ _OTHER_LANGUAGE = re.compile(
     "[\u0672-\u067d\u067f-\u0685\u0687-\u069b\u069d-\u06a3\u06a6\u06ab\u06ae\u06b0-\u06bd\u06bf-\u06cb\u06cd-\u06d5]"
     rf"|(?<![{_WORD}])(?:(?:که|از|است|نیست|هستند|دارد)(?![{_WORD}])|ن?می\u200c)"
 )
-_JOINERS = re.compile(f"(?<=[{ARABIC}])[{ZWNJ_ZWJ}]+|[{ZWNJ_ZWJ}]+(?=[{ARABIC}])")
+_JOINERS = re.compile(f"(?<=[{ARABIC}])[{ZWNJ_ZWJ}]+|(?<![{ZWNJ_ZWJ}])[{ZWNJ_ZWJ}]+(?=[{ARABIC}])")
 _NO_LETTER_BEFORE = rf"(?<![^\W\d_])(?<![{MARKS}{ZWNJ_ZWJ}])"
 _NO_LETTER_AFTER = rf"(?![^\W\d_]|[{MARKS}{ZWNJ_ZWJ}])"
 _TATWEEL = re.compile(f"{_NO_LETTER_BEFORE}ه{TATWEEL}+{_NO_LETTER_AFTER}|{TATWEEL}+")
 _PRESENTATION = re.compile("[\ufb50-\ufdef\ufe70-\ufefc]")
 _REPEATS = re.compile("([اآويی])\\1{2,}|([\u0620-\u063f\u0641-\u064a\u0671-\u06d3])\\2{3,}")
-_WORD_WITH_ASCII_DIGIT = re.compile(r"\S*[0-9]\S*")
+_NO_SPACE = re.compile(r"\S+")
 _LATIN = re.compile("[A-Za-z]")
 
 
@@ -89,7 +89,7 @@ def arabic_letters(text: str) -> str:
 def arabic_digits(text: str) -> str:
     """Arabic-Indic digits, except in words with Latin letters (Qwen2.5, 5GB)."""
     text = text.translate(EXTENDED_TO_ARABIC)
-    return _WORD_WITH_ASCII_DIGIT.sub(
+    return _NO_SPACE.sub(
         lambda match: match[0] if _LATIN.search(match[0]) else match[0].translate(ASCII_TO_ARABIC), text
     )
 
