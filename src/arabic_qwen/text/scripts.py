@@ -1,0 +1,59 @@
+"""Which scripts a text is written in."""
+
+from collections import Counter
+from functools import lru_cache
+
+import regex
+
+from arabic_qwen.text.spans import PLACEHOLDER, hide_spans
+
+# The scripts of most text on the web; letters of any other count as "Other".
+SCRIPTS = (
+    "Arabic",
+    "Latin",
+    "Han",
+    "Cyrillic",
+    "Hiragana",
+    "Katakana",
+    "Hangul",
+    "Greek",
+    "Hebrew",
+    "Devanagari",
+    "Bengali",
+    "Thai",
+    "Tamil",
+    "Armenian",
+    "Georgian",
+    "Ethiopic",
+)
+_PATTERNS = {script: regex.compile(rf"\p{{Script={script}}}") for script in SCRIPTS}
+_LETTER = regex.compile(r"\p{L}")
+_SHARED = regex.compile(r"[\p{Script=Common}\p{Script=Inherited}]")  # tatweel, ª, mathematical letters
+
+
+def script_shares(text: str) -> dict[str, float]:
+    """The share of each Unicode script in the text's letters, largest first: {"Arabic": 0.9, "Latin": 0.1}.
+
+    Digits, punctuation, diacritics, emoji, code, URLs and e-mail addresses do not count; a text without letters gives
+    an empty dict.
+    """
+    prose, _ = hide_spans(text)
+    counts: Counter[str] = Counter()
+    for char, count in Counter(prose.replace(PLACEHOLDER, "")).items():
+        if script := _script(char):
+            counts[script] += count
+    return {script: count / counts.total() for script, count in counts.most_common()}
+
+
+def arabic_share(text: str) -> float | None:
+    """The share of Arabic letters in the text's letters, as `script_shares` counts them; None for no letters at all."""
+    shares = script_shares(text)
+    return shares.get("Arabic", 0.0) if shares else None
+
+
+@lru_cache(maxsize=100_000)
+def _script(char: str) -> str | None:
+    """The script of a letter, None for anything else."""
+    if not _LETTER.match(char) or _SHARED.match(char):
+        return None
+    return next((script for script, pattern in _PATTERNS.items() if pattern.match(char)), "Other")
