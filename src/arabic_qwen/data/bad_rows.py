@@ -28,7 +28,8 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _is_first_process() -> bool:
+def is_first_process() -> bool:
+    """Whether this is the process that writes."""
     return os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate launch
 
 
@@ -54,13 +55,14 @@ class BadRows:
     def restore(self, places: list[str]) -> None:
         """Count these as well, and take everything else that an earlier run found out of the file."""
         assert self.file
-        is_mine = self.file.is_file() and _is_first_process()
-        lines = self.file.read_text(encoding="utf-8").splitlines() if is_mine else []
-        kept = {entry["where"]: (entry, line) for line in lines for entry in [json.loads(line)]}
-        kept = {place: found for place, found in kept.items() if place in {*places, *self._reasons}}
-        self._reasons = dict.fromkeys(places, "") | {place: entry["reason"] for place, (entry, _) in kept.items()}
-        if is_mine:
-            self.file.write_text("".join(line + "\n" for _, line in kept.values()), encoding="utf-8")
+        kept = {}
+        if self.file.is_file() and is_first_process():
+            with self.file.open(encoding="utf-8") as lines:
+                entries = {json.loads(line)["where"]: line for line in lines}
+            kept = {place: line for place, line in entries.items() if place in {*places, *self._reasons}}
+            self.file.write_text("".join(kept.values()), encoding="utf-8")
+        found = {place: json.loads(line)["reason"] for place, line in kept.items()}
+        self._reasons = dict.fromkeys(places, "") | self._reasons | found
 
     def __len__(self) -> int:
         return len(self._reasons)
@@ -68,7 +70,7 @@ class BadRows:
     def add(self, bad: BadRow) -> None:
         if bad.where in self._reasons:
             return
-        if self.file and _is_first_process():
+        if self.file and is_first_process():
             self.file.parent.mkdir(parents=True, exist_ok=True)
             # JSON's own escapes for halves of surrogate pairs, which UTF-8 lacks
             with self.file.open(

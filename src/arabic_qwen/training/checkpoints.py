@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from arabic_qwen.config import BaseConfig, load_config
-from arabic_qwen.data.bad_rows import BAD_ROWS_FILE
+from arabic_qwen.data.bad_rows import BAD_ROWS_FILE, is_first_process
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.loading import RUN_CONFIG
 from arabic_qwen.training.report import LOSS_CURVE, METRICS_FILE
@@ -61,10 +60,6 @@ def open_run(config: BaseConfig) -> Path:
     except OSError as error:
         raise ConfigurationError(f"output_dir: {folder} cannot be written ({error.strerror}); choose another") from None
     return folder
-
-
-def is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate launch
 
 
 def _differences(old: BaseConfig, new: BaseConfig) -> list[str]:
