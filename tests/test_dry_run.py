@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from arabic_qwen import dry_run
-from arabic_qwen.config import METHOD_CONFIGS, DPOConfig, SFTConfig
+from arabic_qwen.config import METHOD_CONFIGS, DPOConfig
 from arabic_qwen.errors import DatasetError, TrainingError
 from arabic_qwen.training.base_trainer import BaseTrainer
 from tests.test_cli import in_process
@@ -24,7 +24,7 @@ def test_every_method_is_rehearsed_and_nothing_written(model_dir, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     text = "\n".join(dry_run.dry_run(config_for(method, model_dir)))
     assert not list(tmp_path.iterdir())
-    for part in ("of them trained", "train  ", "validation", "steps  ", "first step", "⟦", "time  ", "memory  "):
+    for part in ("of them trained", "train  ", "validation", "steps  ", "first step", "time  ", "memory  "):
         assert part in text
     assert text.endswith("nothing was written")
 
@@ -39,16 +39,17 @@ def test_steps_are_those_of_the_run(model_dir, sft_file, tmp_path):
     assert "first step 4 examples" in text
 
 
-def test_what_is_learned_is_marked(tokenizer):
-    from arabic_qwen.data.loaders import SFTDataLoader
-    from arabic_qwen.data.templates import set_template
+def test_a_stream_is_rehearsed_from_its_first_rows(model_dir):
+    text = "\n".join(dry_run.dry_run(config_for("dpo", model_dir, streaming=True, max_steps=7)))
+    assert "streamed, " in text
+    assert "steps      7," in text
 
-    set_template(tokenizer, "chatml", "")
-    turns = [("user", "ما عاصمة مصر؟"), ("assistant", "القاهرة."), ("user", "وتونس؟"), ("assistant", "تونس.")]
-    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    (group,) = SFTDataLoader(SFTConfig(), tokenizer).encode([row]).groups
-    shown = "\n".join(dry_run._marked(group, tokenizer))
-    assert re.findall("⟦(.*?)⟧", shown) == ["القاهرة.<|im_end|>", "تونس.<|im_end|>"]
+
+def test_a_list_of_bad_rows_that_is_not_written_is_not_named(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"instruction": "س"}\n', encoding="utf-8")
+    with pytest.raises(DatasetError, match=r"or raise max_bad_rows \(now 0\) to leave it out$"):
+        dry_run.dry_run(config_for("sft", model_dir, dataset_path="rows.jsonl"))
 
 
 def test_memory_and_time_follow_from_what_was_measured(model_dir, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import tempfile
 import time
@@ -14,8 +13,8 @@ import torch
 from transformers import TrainerCallback
 
 from arabic_qwen.config import BaseConfig
-from arabic_qwen.data.packing import Group
-from arabic_qwen.errors import TrainingError
+from arabic_qwen.data.stream import GroupStream
+from arabic_qwen.errors import DatasetError, TrainingError
 from arabic_qwen.training import checkpoints
 from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.engine import PackedTrainer, Step
@@ -69,12 +68,16 @@ def dry_run(config: BaseConfig) -> list[str]:
         if "precompute_reference" in type(config).model_fields:
             values["precompute_reference"] = False  # it would compute the whole set
         trainer = BaseTrainer(config.model_copy(update=values))
-        engine, dataset = trainer.prepare()
+        try:
+            engine, dataset = trainer.prepare()
+        except DatasetError as error:
+            raise DatasetError(str(error).partition("; listed in ")[0]) from None  # that list goes with the folder
         assert isinstance(engine, PackedTrainer)
         lines = _model_lines(engine.model)
+        if isinstance(dataset["train"], GroupStream):
+            _, engine.train_groups = next(dataset["train"].windows({}))
         lines += [f"{name:<11}{split.summary()}" for name, split in dataset.items()]
         lines += _step_lines(engine, config)
-        lines += ["first row  what is learned stands between ⟦ and ⟧", *_marked(dataset["train"][0], trainer.tokenizer)]
         lines += _cost_lines(engine, config)
     if run.finished:
         lines.append(f"folder     {run.folder} holds this run, finished: training would do nothing")
@@ -107,18 +110,6 @@ def _step_lines(engine: PackedTrainer, config: BaseConfig) -> list[str]:
         f"first step {first.groups} examples, {first.num_tokens:,} tokens; micro-batches: {len(parts)}, the largest of "
         f"{max(parts):,} tokens, {full:.0%} of token_budget={engine.token_budget:,} filled",
     ]
-
-
-def _marked(group: Group, tokenizer: Any) -> list[str]:
-    """The group's text, its targets between brackets, indented."""
-    text = tokenizer.decode(group.prompt)
-    for ids, targets in group.completions:
-        bounds = [0, *(i for i in range(1, len(ids)) if targets[i] != targets[i - 1]), len(ids)]
-        for start, end in itertools.pairwise(bounds):
-            piece = tokenizer.decode(ids[start:end])
-            text += f"⟦{piece}⟧" if targets[start] else piece
-        text += "\n"
-    return [f"    {line}" for line in text.splitlines()]
 
 
 def _cost_lines(engine: PackedTrainer, config: BaseConfig) -> list[str]:

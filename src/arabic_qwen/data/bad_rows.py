@@ -28,6 +28,20 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def is_first_process() -> bool:
+    """Whether this is the process that writes."""
+    return os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate launch
+
+
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    """The file's entries by place; none where it is damaged, since it only informs."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+        return {entry["where"]: entry for entry in map(json.loads, lines)}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
 class BadRows:
     """Collects bad rows in file order; one that is met again counts once.
 
@@ -41,8 +55,7 @@ class BadRows:
         self.file = file
         self._found: dict[str, dict[str, Any]] = {}  # by place, as they are written
         self._keeps = False
-        there = file.read_text(encoding="utf-8").splitlines() if file and file.is_file() else []
-        self._earlier = {entry["where"]: entry for entry in map(json.loads, there)}
+        self._earlier = _read(file) if file and file.is_file() else {}
 
     @property
     def places(self) -> list[str]:
@@ -69,7 +82,7 @@ class BadRows:
         self._write()
 
     def _write(self) -> None:
-        if not self.file or os.environ.get("RANK", "0") != "0":  # set by torchrun and accelerate launch
+        if not self.file or not is_first_process():
             return
         if not self._found:
             self.file.unlink(missing_ok=True)

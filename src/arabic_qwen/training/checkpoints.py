@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from transformers.trainer import TRAINER_STATE_NAME
 
 from arabic_qwen.config import BaseConfig, load_config
-from arabic_qwen.data.bad_rows import BAD_ROWS_FILE
+from arabic_qwen.data.bad_rows import BAD_ROWS_FILE, is_first_process
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.sources import RUN_CONFIG
 from arabic_qwen.training.report import LOSS_CURVE, METRICS_FILE
@@ -69,7 +69,7 @@ def begin_run(run: Run, config: BaseConfig) -> None:
     Raises:
         ConfigurationError: the folder cannot be written.
     """
-    if os.environ.get("RANK", "0") != "0":  # set by torchrun and accelerate launch
+    if not is_first_process():
         return
     try:
         if config.overwrite_output_dir:
