@@ -170,13 +170,15 @@ def test_variants_of_lora(config, variant):
     assert loaded.evaluate(rows)["eval_loss"] == pytest.approx(trainer.evaluate(rows)["eval_loss"], rel=5e-2)
 
 
-@pytest.mark.parametrize("variant", [{}, *VARIANTS], ids=str)
+@pytest.mark.parametrize("variant", [{}, {"load_in_4bit": True}, *VARIANTS], ids=str)
 def test_first_margin_is_zero(model_dir, tmp_path, variant):
     if variant.get("load_in_4bit") and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("needs bitsandbytes")
     trainer = BaseTrainer(pairs_config(DPOConfig, model_dir, tmp_path, lora_dropout=0.0, logging_steps=1, **variant))
     trainer.train()
-    assert trainer.trainer.state.log_history[0]["rewards/margins"] == 0
+    # on a 4-bit base bitsandbytes multiplies with another kernel where no gradient is needed, as in the reference's pass
+    tolerance = 5e-2 if variant.get("load_in_4bit") else 0
+    assert trainer.trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=tolerance)
 
 
 @pytest.mark.parametrize("config_class", [DPOConfig, KTOConfig, CPOConfig])
