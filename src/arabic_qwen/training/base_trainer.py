@@ -165,8 +165,10 @@ class BaseTrainer(GenerationMixin):
         self.trainer.add_callback(stop)
         try:
             result = self.trainer.train(resume_from_checkpoint=run.checkpoint)
-        finally:
-            stop.restore()
+        finally:  # also where an exception skips on_train_end
+            for callback in self.trainer.callback_handler.callbacks:
+                if isinstance(callback, (ProgressDisplay, StopOnSignal)):
+                    callback.close()
         if stop.received:
             raise SystemExit(128 + stop.received) if stop.received == signal.SIGTERM else KeyboardInterrupt
 

@@ -52,6 +52,10 @@ class ProgressDisplay(TrainerCallback):
             self.console.print(f"step {state.global_step}/{state.max_steps} · {text}{left}", highlight=False)
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away and show the cursor again."""
         if self.bar:
             self.bar.stop()
             self.bar = None
@@ -74,27 +78,27 @@ class StopOnSignal(TrainerCallback):
 
     def _note(self, number, frame):
         self.received = signal.Signals(number)
-        self.restore()
+        self.close()
         print("stopping after this step, which is saved; once more to stop at once", file=sys.stderr)
 
-    def restore(self) -> None:
+    def close(self) -> None:
         """Give signals back to who had them before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}
 
     def on_step_end(self, args, state, control, **kwargs):
-        received = torch.tensor(float(self.received is not None), device=args.device)
         if args.world_size > 1:  # all processes stop at the same step
+            received = torch.tensor(int(self.received or 0), device=args.device)
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-        if received:
-            self.received = self.received or signal.SIGINT
+            self.received = signal.Signals(int(received)) if received else None
+        if self.received:
             control.should_save = control.should_training_stop = True
             # At its end training would load the best checkpoint, and delete this one where one is kept.
             args.load_best_model_at_end, args.save_total_limit = False, None
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.restore()
+        self.close()
 
 
 class RunLog(TrainerCallback):
