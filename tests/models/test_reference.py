@@ -287,7 +287,7 @@ class TestPrecomputed:
     def prepared(self, model_dir, pairs, tmp_path):
         trainer = ready(preference_config("dpo", model_dir, pairs, tmp_path))
         groups = trainer.dataset["train"].groups
-        reference = reference_policy(trainer.model, str(model_dir), trainer.config)
+        reference = reference_policy(trainer.model, str(model_dir), trainer.config, trainer.tokenizer)
         return trainer, groups, reference
 
     def test_cache_is_used(self, prepared, tmp_path):

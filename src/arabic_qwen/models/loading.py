@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ModelLoadError
-from arabic_qwen.models.adapters import load_adapter
+from arabic_qwen.models.adapters import load_adapter, save_adapter
 from arabic_qwen.models.precision import compute_dtype, device, keep_quantized_layout, quantization
 from arabic_qwen.models.scoring import enable_packed_forward
 from arabic_qwen.models.sources import is_adapter, load_error, locate_model, read_json, resolve_model_name
@@ -122,6 +122,22 @@ def _locate_base(name: str, adapter: str) -> str:
         return locate_model(base)
     except ModelLoadError as error:
         raise ModelLoadError(f"{name}: the adapter's base model, {error}") from error
+
+
+def save_model(model: Any, config: BaseConfig, folder: Path) -> bool:
+    """Write adapters, or the whole model: merged with `merge_and_save`. Returns whether it is adapters."""
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(folder)
+        return False
+    save_adapter(model, folder)
+    if not config.merge_and_save:
+        return True
+    merged = merged_copy(config, folder)
+    for adapter_file in folder.glob("adapter_*"):
+        adapter_file.unlink()
+    merged.generation_config = model.generation_config
+    merged.save_pretrained(folder)
+    return False
 
 
 def merged_copy(config: BaseConfig, adapter_dir: str | os.PathLike) -> PreTrainedModel:

@@ -140,6 +140,27 @@ def restorable(saved: BaseConfig, quantized: bool) -> tuple[dict[str, Any], str]
     return {"torch_dtype": "auto", "bf16": False, "fp16": False, **plain}, problem
 
 
+def inherit(config: Any, given: set[str], saved: BaseConfig, quantized: bool) -> str:
+    """Set precision and quantisation as the earlier run `saved` had them, but for what `given` names.
+
+    Returns:
+        Why this machine computes otherwise, or "".
+    """
+    values, problem = restorable(saved, quantized)
+    for names in (PRECISION, QUANTIZATION):
+        if given.isdisjoint(names):
+            for name in sorted(names, key=lambda name: values[name] is True):  # not both quantisations at once
+                setattr(config, name, values[name])
+                given.discard(name)  # pydantic added it: still not the user's own
+    return problem
+
+
+def autocast(config: BaseConfig) -> torch.autocast:
+    """The context in which training computes."""
+    dtype = compute_dtype(config)
+    return torch.autocast(device().type, dtype, enabled=dtype is not torch.float32)
+
+
 def keep_quantized_layout(model: Any) -> None:
     """Stop bitsandbytes on processors from repacking 4-bit weights when it first evaluates.
 

@@ -20,8 +20,9 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 
 from arabic_qwen.data.packing import Group
+from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.adapters import grow_embedding, takes_from_base
-from arabic_qwen.models.loading import load_model
+from arabic_qwen.models.loading import load_model, load_tokenizer
 from arabic_qwen.models.scoring import score_completions
 from arabic_qwen.models.sources import is_adapter
 
@@ -77,12 +78,16 @@ def _reference_adapter(model: Any) -> Reference:
     return reference
 
 
-def reference_policy(model: Any, source: str, config: Any) -> Reference:
+def reference_policy(model: Any, source: str, config: Any, tokenizer: Any) -> Reference:
     """The reference of a policy that training starts from `source`.
 
     `config.ref_model_name` where it is set; else what the policy was before training: its base model under new adapters,
     a second copy of the adapters of an earlier run or of new ones that change what the model is, or a second copy of the
     model for full fine-tuning and where biases of the base model are trained.
+
+    Raises:
+        ConfigurationError: `ref_model_name` has another vocabulary than `tokenizer`.
+        ModelLoadError: it cannot be loaded.
     """
     rows = model.get_input_embeddings().weight.shape[0]
 
@@ -93,6 +98,10 @@ def reference_policy(model: Any, source: str, config: Any) -> Reference:
 
     name = getattr(config, "ref_model_name", None)
     if name:
+        if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
+            raise ConfigurationError(
+                f"ref_model_name: {name} has another vocabulary than {source}; choose a model of the same family"
+            )
         return OtherModel(lambda: load(name, trainable=False))
     if not isinstance(model, PeftModel) or _trains_biases(model) or _is_checkpoint_of_changed_base(model):
         # Loaded as the policy is, so that both round alike and the first margin is 0.

@@ -120,19 +120,6 @@ class BaseTrainer(GenerationMixin):
             setattr(self.config, name, getattr(prompt_format, name))
         return saved
 
-    def _inherit_precision(self, model_path: str, saved: BaseConfig) -> None:
-        """Compute as the run that wrote `model_path` did, where the configuration and this machine leave that open."""
-        quantized = sources.is_adapter(model_path) and self.config.use_lora
-        values, problem = precision.restorable(saved, quantized)
-        if problem:
-            self.logger.warning("%s: not loaded as it was trained (%s)", model_path, problem)
-        given = self._validated().model_fields_set
-        for names in (precision.PRECISION, precision.QUANTIZATION):
-            if given.isdisjoint(names):
-                for name in sorted(names, key=lambda name: values[name] is True):  # not both quantisations at once
-                    setattr(self.config, name, values[name])
-                    given.discard(name)
-
     # ---------------------------------------------------------------- the pipeline
 
     def train(self) -> None:
@@ -352,12 +339,10 @@ class BaseTrainer(GenerationMixin):
         token_budget = config.token_budget or (8192 if torch.cuda.is_available() else 2048)
         reference = None
         if objective.needs_reference:
-            self._check_reference_tokenizer(config)
-            reference = reference_policy(self.model, self._start, config)
+            reference = reference_policy(self.model, self._start, config, self.tokenizer)
             if config.precompute_reference:
                 cache = Path(config.resolved_output_dir)
-                dtype = precision.compute_dtype(config)
-                with torch.autocast(precision.device().type, dtype, enabled=dtype is not torch.float32):
+                with precision.autocast(config):
                     for split in dataset.values():
                         split.groups = precompute(split.groups, self.model, reference, cache, token_budget)
         return PackedTrainer(
@@ -372,13 +357,6 @@ class BaseTrainer(GenerationMixin):
             processing_class=self.tokenizer,
             callbacks=callbacks,
         )
-
-    def _check_reference_tokenizer(self, config: Any) -> None:
-        name = config.ref_model_name
-        if name and loading.load_tokenizer(name).get_vocab() != self.tokenizer.get_vocab():
-            raise ConfigurationError(
-                f"ref_model_name: {name} has another vocabulary than {self._source}; choose a model of the same family"
-            )
 
     # ---------------------------------------------------------------- saving and loading
 
@@ -395,20 +373,9 @@ class BaseTrainer(GenerationMixin):
         config = self._validated()
         folder = Path(output_dir or config.resolved_output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(self.model, PeftModel):
-            adapters.save_adapter(self.model, folder)
-        else:
-            self.model.save_pretrained(folder)
-        merge = config.merge_and_save and isinstance(self.model, PeftModel)
-        if merge:
-            merged = loading.merged_copy(config, folder)
-            for adapter_file in folder.glob("adapter_*"):
-                adapter_file.unlink()
-            merged.generation_config = self.model.generation_config
-            merged.save_pretrained(folder)
+        adapter = loading.save_model(self.model, config, folder)
         self.tokenizer.save_pretrained(folder)
         config.model_copy(update={"output_dir": str(folder)}).to_yaml(folder / sources.RUN_CONFIG)
-        adapter = isinstance(self.model, PeftModel) and not merge
         card = model_card(config, self.metrics, self._data_summary(), adapter=adapter)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -434,7 +401,10 @@ class BaseTrainer(GenerationMixin):
         saved = self._inherit_prompt_format(model_path, keep=set())
         self._start = saved.model_name if saved else self.config.model_name
         if saved:
-            self._inherit_precision(model_path, saved)
+            quantized = sources.is_adapter(model_path) and self.config.use_lora
+            problem = precision.inherit(self.config, self._validated().model_fields_set, saved, quantized)
+            if problem:
+                self.logger.warning("%s: not loaded as it was trained (%s)", model_path, problem)
         self.tokenizer, self.trainer = None, None
         self._loaded_from = model_path
         self._setup_tokenizer()

@@ -88,7 +88,7 @@ class GenerationMixin:
         trained = self.predict(prompts, max_length=max_length, **kwargs)
         reference = getattr(self.trainer, "reference", None) or self._reference
         if reference is None:
-            self._reference = reference = reference_policy(self.model, self._start, self._validated())
+            self._reference = reference = reference_policy(self.model, self._start, self._validated(), self.tokenizer)
         policy = self.model
         with reference(policy) as self.model:
             try:
