@@ -1,6 +1,6 @@
 """What preference optimisation changes on a real model: how often the better of two unseen answers is the likelier one.
 
-    python benchmarks/preference_results.py --model PATH --pairs FILE.jsonl [--methods dpo,kto] [--held-out SHARE]
+    python benchmarks/preference_results.py --model PATH --data FILE.jsonl [--methods dpo,kto] [--held-out SHARE]
         [--epochs N] [--learning-rate X] [--max-rows N] [--output-dir DIR] [--plot FILE.png] [--json]
 
 Every method trains LoRA adapters (r=16, all linear layers, no dropout) on the same pairs (`prompt`, `chosen`,
@@ -57,7 +57,7 @@ def configuration(method: str, args: argparse.Namespace, **values: Any) -> BaseC
 
 def write_split(args: argparse.Namespace) -> dict[str, str]:
     """Split once for all methods, by prompt, and write both parts; the settings that name their files."""
-    config = configuration("dpo", args, dataset_path=args.pairs, validation_split=args.held_out)
+    config = configuration("dpo", args, dataset_path=args.data, validation_split=args.held_out)
     split = BaseTrainer(config).get_data_loader().split()
     total = sum(map(len, split.values()))
     files = {}
@@ -112,7 +112,7 @@ def plot(before: dict[str, float], results: dict[str, dict[str, float]], path: s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="arabic-qwen-tiny")
-    parser.add_argument("--pairs", default="sample:dpo")
+    parser.add_argument("--data", default="sample:dpo")
     parser.add_argument("--methods", default=",".join(LEARNING_RATES), help="separated by commas")
     parser.add_argument("--held-out", type=float, default=0.15, help="share of the prompts")
     parser.add_argument("--epochs", type=float, default=1)
@@ -141,7 +141,7 @@ def main() -> None:
     if args.json:
         report = {
             "model": args.model,
-            "pairs": args.pairs,
+            "data": args.data,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "dtype": str(compute_dtype(next(iter(configs.values())))).removeprefix("torch."),
             "epochs": args.epochs,

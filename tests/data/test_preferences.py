@@ -108,6 +108,11 @@ class TestPairs:
         to_pair(row)
         assert json.dumps(row) == before
 
+    def test_a_text_prompt_may_stand_in_the_answers_too(self):
+        whole = [system("كن موجزا"), user("سؤال"), assistant("جواب")]
+        row = {"prompt": "سؤال", "chosen": whole, "rejected": [*whole[:2], assistant("خطأ")]}
+        assert to_pair(row).prompt == whole[:2]
+
     @pytest.mark.parametrize(
         ("row", "problem"),
         [
@@ -589,10 +594,13 @@ class TestMismatched:
         values = dict(dataset_path=write(rows), validation_split=0.25)
         kto = loader("kto", unpair_preferences=True, **values)
         assert kto.split() == loader("dpo", **values).split()
-        assert kto.last_user_turn(rows[0]) == "سؤال 0"
+        assert kto.prompt(rows[0])[-1] == user("سؤال 0")
 
-    def test_one_prompt_is_not_enough(self, loader):
-        with pytest.raises(
-            DatasetError, match=r"training\.jsonl: KTO .* rows need at least two different prompts each; add rows"
-        ):
-            loader("kto").encode(self.rows(4, 4))
+    def test_one_prompt_is_not_enough_to_train_on(self, loader, write):
+        with pytest.raises(DatasetError, match="all rows to train on have the same prompt; add rows"):
+            loader("kto", dataset_path=write(self.rows(4, 4)), validation_split=0).load()
+        assert all(group.mismatched is None for group in loader("kto").encode(self.rows(4, 4)))
+
+    def test_a_pair_needs_a_setting(self, loader):
+        with pytest.raises(DatasetError, match="is a pair; set unpair_preferences to true"):
+            loader("kto").encode([pair()])

@@ -204,6 +204,10 @@ class TestCells:
             }
         ]
 
+    def test_several_rejected_answers(self, tmp_path):
+        rows = [{"rejected": '["خطأ", "غلط"]'}, {"rejected": "خطأ [1]"}]
+        assert values(write_as(rows, tmp_path / "a.csv")) == [{"rejected": ["خطأ", "غلط"]}, rows[1]]
+
     @pytest.mark.parametrize(
         ("cell", "label"),
         [("True", True), ("false", False), ("1", 1), ("0", 0), ("desirable", "desirable"), ("", None), ("نعم", "نعم")],

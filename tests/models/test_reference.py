@@ -1,5 +1,8 @@
 """The reference policy: what it is for each way to train, and its log-probabilities kept on disk."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from peft import PeftModel
@@ -65,8 +68,9 @@ def scored(trainer):
     """Policy's and reference's log-probabilities of the training set's completions."""
     engine = trainer.trainer
     with torch.no_grad():
-        batches = engine._collate([[group] for group in trainer.dataset["train"].groups]).batches
-        scores = [engine._score(trainer.model, batch, 1.0) for batch in batches]
+        step = engine._collate([[group] for group in trainer.dataset["train"].groups])
+        engine._add_reference(step)
+        scores = [engine._score(trainer.model, batch, 1.0) for batch in step.batches]
     return torch.cat([s.policy for s in scores]), torch.cat([s.reference for s in scores])
 
 
@@ -292,36 +296,48 @@ class TestPrecomputed:
 
     def test_cache_is_used(self, prepared, tmp_path):
         trainer, groups, reference = prepared
-        precompute(groups, trainer.model, reference, tmp_path / "cache", 100)
+        precompute([groups], trainer.model, reference, tmp_path / "cache", 100)[0]
         (path,) = (tmp_path / "cache").iterdir()
         values = load_file(path)["logps"]
         assert len(values) == 2 * len(groups)
         save_file({"logps": torch.arange(len(values)).float()}, path)
-        again = precompute(groups, trainer.model, reference, tmp_path / "cache", 100)
+        again = precompute([groups], trainer.model, reference, tmp_path / "cache", 100)[0]
         assert [group.reference for group in again] == [(2.0 * i, 2.0 * i + 1) for i in range(len(groups))]
 
     def test_training_weights_do_not_matter(self, prepared, tmp_path):
         trainer, groups, reference = prepared
-        precompute(groups, trainer.model, reference, tmp_path / "cache", 100)
+        precompute([groups], trainer.model, reference, tmp_path / "cache", 100)[0]
         move_adapters(trainer.model, 9)
-        precompute(groups, trainer.model, reference, tmp_path / "cache", 100)
+        precompute([groups], trainer.model, reference, tmp_path / "cache", 100)[0]
         assert len(list((tmp_path / "cache").iterdir())) == 1
 
     def test_other_weights(self, prepared, tmp_path):
         trainer, groups, reference = prepared
-        first = precompute(groups, trainer.model, reference, tmp_path / "cache", 100)
+        first = precompute([groups], trainer.model, reference, tmp_path / "cache", 100)[0]
         with torch.no_grad():
             next(p for n, p in trainer.model.named_parameters() if "layers.1.mlp.up_proj.base" in n)[0, 0] += 1
-        second = precompute(groups, trainer.model, reference, tmp_path / "cache", 100)
+        second = precompute([groups], trainer.model, reference, tmp_path / "cache", 100)[0]
         assert len(list((tmp_path / "cache").iterdir())) == 2
         assert first[0].reference != second[0].reference
 
     def test_other_data(self, prepared, tmp_path):
         trainer, groups, reference = prepared
-        precompute(groups, trainer.model, reference, tmp_path / "cache", 100)
-        precompute(groups[1:], trainer.model, reference, tmp_path / "cache", 100)
-        precompute(groups[::-1], trainer.model, reference, tmp_path / "cache", 100)
+        precompute([groups], trainer.model, reference, tmp_path / "cache", 100)[0]
+        precompute([groups[1:]], trainer.model, reference, tmp_path / "cache", 100)[0]
+        precompute([groups[::-1]], trainer.model, reference, tmp_path / "cache", 100)[0]
         assert len(list((tmp_path / "cache").iterdir())) == 3
+
+    def test_other_settings_of_the_same_weights(self, stage_one, pairs, tmp_path):
+        changed = tmp_path / "changed"
+        shutil.copytree(stage_one, changed)
+        settings = json.loads((changed / "adapter_config.json").read_text())
+        (changed / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 4 * settings["lora_alpha"]}))
+        names = [
+            next((tmp_path / name).glob("reference-*")).name
+            for name, source in (("a", stage_one), ("b", changed))
+            if ready(preference_config("dpo", source, pairs, tmp_path / name, precompute_reference=True))
+        ]
+        assert names[0] != names[1]
 
     @pytest.mark.parametrize("change", ["template", "adapter", "stage"])
     def test_whatever_changes_the_reference(self, change, model_dir, stage_one, pairs, tmp_path):

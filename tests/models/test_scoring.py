@@ -19,7 +19,7 @@ tokens = st.integers(0, VOCABULARY - 1)
 groups = st.lists(
     st.tuples(
         st.lists(tokens, min_size=1, max_size=9),
-        st.lists(st.lists(tokens, max_size=7), max_size=4),
+        st.lists(st.lists(tokens, max_size=7), max_size=6),  # the chosen one and up to five negatives
     ),
     min_size=1,
     max_size=4,

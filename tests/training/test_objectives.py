@@ -1,5 +1,6 @@
 """The engine's loss, gradients and metrics of every method against one sequence at a time, however the step is cut."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from arabic_qwen.data.packing import micro_batches, pack
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.adapters import add_lora
-from arabic_qwen.training.objectives import METHODS, join_scores
+from arabic_qwen.training.objectives import METHODS, Scores, _pair_metrics, _pair_sums, join_scores
 from tests.training.preference_runs import (
     divergence,
     gradients_of,
@@ -194,13 +195,25 @@ class TestDivergence:
         assert loss == pytest.approx(mean(0.75 if g.label else 0.25 for g in groups), abs=1e-6)
 
 
+def reference_passes(trainer, monkeypatch):
+    """Tokens of each forward pass of the reference from now on."""
+    seen = []
+    reference = trainer.trainer.reference
+
+    @contextlib.contextmanager
+    def counted(model):
+        with reference(model) as frozen:
+            yield lambda packed: (seen.append(len(packed.input_ids)), frozen(packed=packed))[1]
+
+    monkeypatch.setattr(trainer.trainer, "reference", counted)
+    return seen
+
+
 def test_the_references_prompts_are_computed_once(trainer, monkeypatch):
     """KTO's own and mismatched completions share their prompt in the reference's pass."""
     ours = trainer("kto")
-    groups, engine = step_groups(ours), ours.trainer
-    seen = []
-    score = engine._score_reference
-    monkeypatch.setattr(engine, "_score_reference", lambda batch: (seen.append(len(batch.input_ids)), score(batch))[1])
+    groups = step_groups(ours)
+    seen = reference_passes(ours, monkeypatch)
     engine_step(ours, groups)
     assert sum(seen) == sum(group.num_tokens + len(group.mismatched.ids) for group in groups)
 
@@ -209,12 +222,10 @@ def test_the_reference_is_computed_once_where_the_loss_needs_the_whole_step(trai
     ours = trainer("dpo-aot")
     engine = ours.trainer
     engine.token_budget = 60
-    calls = []
-    score = engine._score_reference
-    monkeypatch.setattr(engine, "_score_reference", lambda batch: (calls.append(batch), score(batch))[1])
+    seen = reference_passes(ours, monkeypatch)
     step = engine._collate([[group] for group in step_groups(ours)])
     engine.training_step(ours.model, step)
-    assert len(calls) == len(step.batches) > 1
+    assert len(seen) == len(step.batches) > 1
 
 
 def test_length_bias_compares_the_lengths_that_the_data_gives(trainer):
@@ -223,6 +234,65 @@ def test_length_bias_compares_the_lengths_that_the_data_gives(trainer):
     found = engine_step(ours, groups)[2]["length_bias"]
     margins = [r[0] - r[1] for r in naive_rewards(ours.config, ours.model.eval(), groups)]
     assert found == pytest.approx(np.corrcoef(margins, range(len(groups)))[0, 1], abs=1e-3)
+
+
+class TestLengthBias:
+    def correlation(self, margins, longer):
+        """Of pairs with these margins and length differences, by the engine's sums."""
+        scores = Scores(
+            policy=torch.tensor([v for m in margins for v in (m, 0.0)]),
+            reference=None,
+            num_targets=torch.ones(2 * len(margins), dtype=torch.int64),
+            lengths=torch.tensor([float(v) for d in longer for v in (d, 0)]),
+            first=torch.arange(0, 2 * len(margins), 2),
+            others=torch.arange(1, 2 * len(margins), 2),
+            others_group=torch.arange(len(margins)),
+            label=torch.ones(len(margins), dtype=torch.bool),
+            mean_chosen_length=1.0,
+        )
+        sums = _pair_sums(lambda scores: scores.policy)(scores)
+        return _pair_metrics({name: float(value) for name, value in sums.items()}, 0.0)["length_bias"]
+
+    def test_small_spread_around_a_large_mean(self):
+        rng = np.random.default_rng(0)
+        longer = rng.integers(-40, 40, 2000)
+        margins = np.float32(20 + 0.01 * (longer / 40 + rng.normal(size=2000)))
+        assert self.correlation(margins.tolist(), longer) == pytest.approx(np.corrcoef(margins, longer)[0, 1], abs=1e-4)
+
+    def test_without_spread(self):
+        assert self.correlation([20.1] * 7, range(7)) == 0
+        assert self.correlation([20.1, 3.0], [5, 5]) == 0
+        assert self.correlation([1.7], [3]) == 0
+
+    def test_stays_in_its_range(self):
+        assert self.correlation([0.1, 0.2], [1, 2]) == pytest.approx(1)
+        assert -1 <= self.correlation([0.3, 0.2, 0.1], [1, 2, 3]) <= 1
+
+
+class TestOneClass:
+    """KTO where all rows have one label."""
+
+    def test_metrics_of_the_other_are_left_out(self, trainer):
+        ours = trainer("kto")
+        groups = [group for group in ours.dataset["train"].groups if group.label][:4]
+        metrics = engine_step(ours, groups)[2]
+        assert "rewards/chosen" in metrics and "kl" in metrics
+        assert not {"rewards/rejected", "logps/rejected", "rewards/margins"} & set(metrics)
+
+
+class TestOnePrompt:
+    """KTO where the rows have no other prompt to take a mismatched completion from."""
+
+    def test_evaluation(self, trainer):
+        ours = trainer("kto")
+        row = {"prompt": "سؤال", "completion": "جواب", "label": True}
+        assert ours.evaluate([row])["eval_kl"] == 0
+
+    def test_one_held_out_prompt(self, trainer):
+        ours = trainer("kto", validation_split=0.01)
+        assert len({group.prompt.tobytes() for group in ours.dataset["validation"]}) == 1
+        assert all(group.mismatched for group in ours.dataset["validation"])
+        assert ours.evaluate()["eval_loss"] > 0
 
 
 class TestNegatives:
@@ -368,8 +438,8 @@ def test_scores_join_as_if_they_had_been_one(trainer):
 
 @pytest.mark.parametrize(
     ("case", "own"),
-    [("dpo", {}), ("dpo-aot", {}), ("kto", {}), ("dpo", {"precompute_reference": True})],
-    ids=["dpo", "dpo-aot", "kto", "precomputed"],
+    [("dpo", {}), ("dpo-aot", {}), ("kto", {}), ("cpo", {}), ("dpo", {"precompute_reference": True})],
+    ids=["dpo", "dpo-aot", "kto", "cpo", "precomputed"],
 )
 def test_two_processes_equal_one(case, own, model_dir, data, tmp_path):
     """Batch 2 on one process equals batch 1 on two; in the last step the second process has no row."""

@@ -239,8 +239,35 @@ def test_kto_steps_equal_trl(model_dir, feedback_file, tmp_path):
     agree(trainable(trainer.model), losses(trainer), *peer, start)
 
 
+def test_orpo_steps_equal_trl(model_dir, preference_file, tmp_path):
+    """TRL's NLL counts the prompt's tokens but the first, which nothing predicts: prompts of one token have no others."""
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    class Tokenised(ORPOTrainer):
+        def tokenize_row(self, feature, model=None):
+            return feature
+
+    config = preference_config("orpo", model_dir, preference_file, tmp_path / "ours", max_steps=STEPS, beta=0.3)
+    trainer = ready(config, seed=None)
+    trainer.dataset["train"].groups[:] = [g._replace(prompt=g.prompt[:1]) for g in trainer.dataset["train"].groups]
+    start = trainable(trainer.model)
+    trainer.trainer.train()
+    rows = []
+    for group in in_training_order(trainer):
+        row = {"prompt": "", "chosen": "", "rejected": ""}  # must be there, though nothing reads them
+        for number, name in enumerate(("chosen", "rejected")):
+            row |= {f"{name}_{key}": value for key, value in whole(group, number).items()}
+            row[f"{name}_attention_mask"] = [1] * len(row[f"{name}_input_ids"])
+        rows.append(row)
+    expected = [{"chosen_input_ids": row["chosen_input_ids"]} for row in rows]
+    peer = train_peer(
+        Tokenised, ORPOConfig, config, tmp_path / "trl", rows, trainer.tokenizer, expected, beta=config.beta
+    )
+    agree(trainable(trainer.model), losses(trainer), *peer, start)
+
+
 def test_orpo_steps_equal_one_sequence_at_a_time(model_dir, preference_file, tmp_path):
-    """TRL's ORPO counts the prompt's tokens in the NLL, the paper's eq. 6 does not; so the peer is a plain loop."""
+    """With prompts of any length: the paper's eq. 6 does not count their tokens in the NLL, as TRL does."""
     config = preference_config("orpo", model_dir, preference_file, tmp_path / "ours", max_steps=STEPS, beta=0.3)
     weights, trainer = run(config)
     groups = in_training_order(trainer)

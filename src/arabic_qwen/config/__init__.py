@@ -2,7 +2,7 @@
 
 import os
 
-from arabic_qwen.config.base import BaseConfig
+from arabic_qwen.config.base import METHOD_CONFIGS, BaseConfig
 from arabic_qwen.config.preference import (
     CPOConfig,
     DPOConfig,
@@ -31,10 +31,6 @@ __all__ = [
     "SimPOConfig",
     "load_config",
 ]
-
-METHOD_CONFIGS: dict[str, type[BaseConfig]] = {
-    cls.method: cls for cls in (SFTConfig, DPOConfig, IPOConfig, KTOConfig, CPOConfig, SimPOConfig, ORPOConfig)
-}
 
 
 def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> BaseConfig:

@@ -66,6 +66,10 @@ def _check_template(value: str) -> str:
 Template = Annotated[Text, AfterValidator(_check_template)]
 
 
+#: The configuration class of each method; a class that names its `method` is listed by that.
+METHOD_CONFIGS: dict[str, type[BaseConfig]] = {}
+
+
 class BaseConfig(BaseModel):
     """Model, data, LoRA, optimisation and run parameters; see each field's description.
 
@@ -212,6 +216,11 @@ class BaseConfig(BaseModel):
     )
     ddp_find_unused_parameters: bool | None = Field(None, description="Passed to DistributedDataParallel")
     deepspeed: Text | None = Field(None, description="DeepSpeed configuration file")
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        if "method" in vars(cls):
+            METHOD_CONFIGS[cls.method] = cls
 
     def __init__(self, /, **values: Any) -> None:
         try:

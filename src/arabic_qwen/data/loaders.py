@@ -313,9 +313,16 @@ class CPODataLoader(_PreferenceDataLoader):
 class KTODataLoader(_PreferenceDataLoader):
     """Single answers with a label: `prompt`, `completion`, `label`; pairs too with `unpair_preferences`."""
 
+    def __init__(self, config: Any, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(config, tokenizer)
+        self._seen: list[Group] = []  # up to two groups of different prompts
+
     def read(self, values: dict[str, Any], system_prompt: str | None = None) -> Preference:
-        paired = self.config.unpair_preferences and "chosen" in values
-        return (to_pair if paired else to_feedback)(values, system_prompt)
+        if "chosen" not in values or "completion" in values:
+            return to_feedback(values, system_prompt)
+        if not self.config.unpair_preferences:
+            raise ValueError("is a pair; set unpair_preferences to true to learn from each of its answers")
+        return to_pair(values, system_prompt)
 
     def _drafts(self, values: dict[str, Any], example: Example) -> list[Draft]:
         (whole,) = super()._drafts(values, example)
@@ -324,22 +331,32 @@ class KTODataLoader(_PreferenceDataLoader):
         return [Draft([answer], label) for answer, label in zip(whole.completions, (True, False), strict=True)]
 
     def _finish(self, dataset: GroupDataset) -> None:
-        """Give each prompt a completion of another prompt, for the estimate of the divergence."""
+        """Give each prompt a completion of another prompt, for the estimate of the divergence.
+
+        It is one of the same set, or of those read before where the set has a single prompt; none if these have it too.
+        """
         groups = dataset.groups
         order = list(range(len(groups)))
         random.Random(data_seed(self.config)).shuffle(order)
         for position, index in enumerate(order):
             group = groups[index]
             others = (groups[order[(position + step) % len(order)]] for step in range(1, len(order)))
-            stranger = next((other for other in others if not np.array_equal(other.prompt, group.prompt)), None)
-            if stranger is None:
-                raise DatasetError(
-                    f"{describe(self.config.dataset_path)}: KTO compares answers with those to other prompts, so training and "
-                    "validation rows need at least two different prompts each; add rows or change validation_split"
-                )
-            ids, targets = stranger.completions[0]
-            room = self.max_tokens - len(group.prompt)
-            groups[index] = group._replace(mismatched=Completion(ids[:room], targets[:room]))
+            candidates = itertools.chain(others, self._seen)
+            stranger = next((other for other in candidates if not np.array_equal(other.prompt, group.prompt)), None)
+            if stranger:
+                ids, targets = stranger.completions[0]
+                room = self.max_tokens - len(group.prompt)
+                groups[index] = group._replace(mismatched=Completion(ids[:room], targets[:room]))
+        self._seen = [groups[0], *(group for group in groups if not np.array_equal(group.prompt, groups[0].prompt))][:2]
+
+    def _train_set(self, examples: list[Example]) -> GroupDataset:
+        dataset = super()._train_set(examples)
+        if len(dataset) and dataset[0].mismatched is None:
+            raise DatasetError(
+                f"{describe(self.config.dataset_path)}: KTO compares answers with those to other prompts, but all rows "
+                "to train on have the same prompt; add rows with other prompts"
+            )
+        return dataset
 
 
 def split_rows(rows: list[T], share: float, seed: int, keys: Sequence[str]) -> tuple[list[T], list[T]]:

@@ -107,7 +107,10 @@ def _answer(values: dict[str, Any], given: Any, place: str) -> tuple[list[Messag
         check_turns([*before, {"role": "assistant", "content": text}])
         return before, text
     messages = read_messages(given, place)
-    if messages[: len(before)] != before:
+    repeats = messages[: len(before)] == before or (
+        isinstance(values.get("prompt"), str) and messages[:-1][-1:] == before  # after a system message, say
+    )
+    if not repeats:
         messages = [*before, *messages]
     check_turns(messages)
     return messages[:-1], messages[-1]["content"]

@@ -116,7 +116,8 @@ def _parse_cells(values: dict[str, Any]) -> dict[str, Any]:
             value = json.loads(text.lower() if name in _SCALARS else text) if text else None
         except ValueError:
             continue
-        if name in _TEXTS_OR_MESSAGES and not _are_messages(value):
+        several = name == "rejected" and isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if name in _TEXTS_OR_MESSAGES and not (_are_messages(value) or several):
             continue  # text that happens to be JSON
         parsed[name] = value
     return parsed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import json
 import logging
 import os
 import sys
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 Reference = Callable[[Any], contextlib.AbstractContextManager[Any]]
 
 REFERENCE_ADAPTER = "reference"
+
+_NOT_THE_MODEL = {"_name_or_path", "transformers_version", "dtype", "use_cache"}
+_SCALES = ("r", "lora_alpha", "use_rslora", "use_dora")  # of adapters, beside their weights
 
 
 @contextlib.contextmanager
@@ -144,41 +148,50 @@ class OtherModel:
 
 @torch.no_grad()
 def precompute(
-    groups: Sequence[Group], model: Any, reference: Reference, cache_dir: Path, token_budget: int
-) -> list[Group]:
+    splits: Sequence[Sequence[Group]], model: Any, reference: Reference, cache_dir: Path, token_budget: int
+) -> list[list[Group]]:
     """The groups with the reference's log-probabilities, from `cache_dir` where the same were computed before.
 
-    The cache's name is a hash of the reference's weights and of all token ids, so that another model, other data or
-    another template give another one.
+    The cache's names are hashes of the reference's weights and configuration and of all token ids, so that another model,
+    other data or another template give another one.
     """
     with reference(model) as frozen:
-        key = _fingerprint(frozen, groups, ".default." if frozen is model else None)
-        path = cache_dir / f"reference-{key}.safetensors"
-        if path.is_file():
-            logger.info("reference log-probabilities: %s", path)
-            logps = load_file(path)["logps"]
-        else:
-            state = PartialState()
-            own = range(state.process_index, len(groups), state.num_processes)
-            found = _reference_logps([groups[i] for i in own], frozen, token_budget)
-            everyone = dict(gather_object(list(zip(own, found, strict=True))))
-            logps = torch.tensor([logp for i in range(len(groups)) for logp in everyone[i]])
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(f".{os.getpid()}.tmp")  # each process writes the same
-            save_file({"logps": logps}, unfinished)
-            unfinished.replace(path)
+        weights = _fingerprint(frozen, "default" if frozen is model else None)
+        found = [_reference_logps(groups, frozen, weights, cache_dir, token_budget) for groups in splits]
     if isinstance(reference, OtherModel):
         reference.release()
-    parts = logps.split([len(_scored(group)) for group in groups])
-    return [group._replace(reference=tuple(part.tolist())) for group, part in zip(groups, parts, strict=True)]
+    return [
+        [group._replace(reference=tuple(logps)) for group, logps in zip(groups, values, strict=True)]
+        for groups, values in zip(splits, found, strict=True)
+    ]
+
+
+def _reference_logps(
+    groups: Sequence[Group], frozen: Any, weights: hashlib._Hash, cache_dir: Path, token_budget: int
+) -> list[list[float]]:
+    """Each group's summed log-probabilities of its scored completions; every process computes its share."""
+    path = cache_dir / f"reference-{_key(weights, groups)}.safetensors"
+    if all(gather_object([path.is_file()])):  # not all processes may see the same folder
+        logger.info("reference log-probabilities: %s", path)
+        logps = load_file(path)["logps"]
+    else:
+        state = PartialState()
+        own = range(state.process_index, len(groups), state.num_processes)
+        found = _compute([groups[i] for i in own], frozen, token_budget)
+        everyone = dict(gather_object(list(zip(own, found, strict=True))))
+        logps = torch.tensor([logp for i in range(len(groups)) for logp in everyone[i]])
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}.tmp")  # each process writes the same
+        save_file({"logps": logps}, unfinished)
+        unfinished.replace(path)
+    return [part.tolist() for part in logps.split([len(_scored(group)) for group in groups])]
 
 
 def _scored(group: Group) -> list:
     return [*group.completions, *([group.mismatched] if group.mismatched else [])]
 
 
-def _reference_logps(groups: Sequence[Group], frozen: Any, token_budget: int) -> list[list[float]]:
-    """Each group's summed log-probabilities of its scored completions."""
+def _compute(groups: Sequence[Group], frozen: Any, token_budget: int) -> list[list[float]]:
     sums: list[list[float]] = []
     chunk = 64  # groups a progress step
     starts = range(0, len(groups), chunk)
@@ -191,13 +204,21 @@ def _reference_logps(groups: Sequence[Group], frozen: Any, token_budget: int) ->
     return sums
 
 
-def _fingerprint(frozen: Any, groups: Sequence[Group], trained: str | None) -> str:
-    """Hash of weights and token ids; `trained` is in the names of weights that are not the reference's."""
-    digest = hashlib.sha256()
+def _fingerprint(frozen: Any, trained: str | None) -> hashlib._Hash:
+    """Hash of weights and configuration; `trained` names the adapters that are not the reference's."""
+    config = {name: value for name, value in frozen.config.to_dict().items() if name not in _NOT_THE_MODEL}
+    adapters = {n: c.to_dict() for n, c in getattr(frozen, "peft_config", {}).items() if n != trained}
+    computed = [{name: adapter.get(name) for name in _SCALES} for adapter in adapters.values()]
+    digest = hashlib.sha256(json.dumps([config, computed], sort_keys=True, default=str).encode())
     for name, weight in frozen.state_dict().items():
-        if isinstance(weight, torch.Tensor) and (trained is None or trained not in name):
+        if isinstance(weight, torch.Tensor) and (trained is None or f".{trained}." not in name):
             digest.update(f"{name} {weight.dtype} {torch.is_autocast_enabled(weight.device.type)}".encode())
             digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest
+
+
+def _key(weights: hashlib._Hash, groups: Sequence[Group]) -> str:
+    digest = weights.copy()
     for group in groups:
         digest.update(group.prompt.tobytes())
         for completion in _scored(group):

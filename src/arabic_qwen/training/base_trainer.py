@@ -343,8 +343,11 @@ class BaseTrainer(GenerationMixin):
             if config.precompute_reference:
                 cache = Path(config.resolved_output_dir)
                 with precision.autocast(config):
-                    for split in dataset.values():
-                        split.groups = precompute(split.groups, self.model, reference, cache, token_budget)
+                    known_splits = precompute(
+                        [split.groups for split in dataset.values()], self.model, reference, cache, token_budget
+                    )
+                for split, groups in zip(dataset.values(), known_splits, strict=True):
+                    split.groups = groups
         return PackedTrainer(
             objective=objective,
             reference=reference,

@@ -71,6 +71,28 @@ class _Sequences(Dataset[list[Group]]):
         return [self.groups[i] for i in self.members[index]]
 
 
+@dataclasses.dataclass
+class _Collate:
+    """Packs sequences into a step; a class, for data workers that are not forked take nothing that cannot be pickled."""
+
+    token_budget: int
+    needs_kl: bool
+
+    def __call__(self, sequences: list[list[Group]]) -> Step:
+        groups = [group for sequence in sequences for group in sequence]
+        batches = micro_batches(groups, self.token_budget)
+        # All of a set have one, but where it has a single prompt.
+        kl_batches = batches if self.needs_kl and all(group.mismatched for group in groups) else []
+        return Step(
+            batches=[pack(batch) for batch in batches],
+            mismatched=[pack([with_mismatched(group, own=False) for group in batch]) for batch in kl_batches],
+            shared=[pack([with_mismatched(group, own=True) for group in batch]) for batch in kl_batches],
+            groups=len(groups),
+            chosen_tokens=sum(int(group.completions[0].targets.sum()) for group in groups),
+            num_tokens=sum(group.num_tokens for group in groups),
+        )
+
+
 class _StreamedSteps(IterableDataset[Step]):
     def __init__(self, steps: Callable[[], Iterator[Step]]):
         self._steps = steps
@@ -174,18 +196,9 @@ class PackedTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
 
-    def _collate(self, sequences: list[list[Group]]) -> Step:
-        groups = [group for sequence in sequences for group in sequence]
-        batches = micro_batches(groups, self.token_budget)
-        kl_batches = batches if self.objective.needs_kl else []
-        return Step(
-            batches=[pack(batch) for batch in batches],
-            mismatched=[pack([with_mismatched(group, own=False) for group in batch]) for batch in kl_batches],
-            shared=[pack([with_mismatched(group, own=True) for group in batch]) for batch in kl_batches],
-            groups=len(groups),
-            chosen_tokens=sum(int(group.completions[0].targets.sum()) for group in groups),
-            num_tokens=sum(group.num_tokens for group in groups),
-        )
+    @property
+    def _collate(self) -> _Collate:
+        return _Collate(self.token_budget, self.objective.needs_kl)
 
     def get_train_dataloader(self) -> DataLoader:
         if isinstance(self.train_groups, GroupStream):
@@ -234,10 +247,12 @@ class PackedTrainer(Trainer):
             return torch.zeros((), device=self.args.device)
         model.train()
         num_groups, mean_length = self._totals(inputs)
-        kl = self._divergence(self._log_ratios(inputs)) if self.objective.needs_kl else 0.0
+        share = self.args.world_size if inputs.groups else 0  # DDP averages gradients over ranks
+        step = inputs if inputs.groups else self._collate([[self._filler]])  # it joins the reduction without rows too
+        self._add_reference(step)
+        kl = self._divergence(self._log_ratios(step) * bool(share)) if self.objective.needs_kl else 0.0
         slopes = self._slopes(inputs.batches, mean_length) if self.objective.whole_step else None
-        batches = inputs.batches or [pack([self._filler])]  # a rank without rows still joins the reduction
-        share = self.args.world_size if inputs.batches else 0  # DDP averages gradients over ranks
+        batches = step.batches
         loss_sum = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(batches, 1):
             last = number == len(batches)
@@ -265,15 +280,10 @@ class PackedTrainer(Trainer):
         return groups, tokens / groups
 
     def _score(self, model, batch: PackedBatch, mean_length, kl: torch.Tensor | float = 0.0) -> Scores:
-        """Log-probabilities of a batch's completions; the reference's too where the objective needs them."""
-        reference = None
-        if self.objective.needs_reference:
-            reference = batch.reference
-            if reference is None:
-                reference = self._score_reference(batch)
+        """Log-probabilities of a batch's completions, beside the reference's."""
         return Scores(
             policy=_completion_sums(batch, model(packed=batch)),
-            reference=reference,
+            reference=batch.reference,
             num_targets=batch.num_targets,
             lengths=batch.lengths,
             first=batch.first,
@@ -284,24 +294,27 @@ class PackedTrainer(Trainer):
             kl=kl,
         )
 
-    def _score_reference(self, batch: PackedBatch) -> torch.Tensor:
-        """[C] the reference's log-probabilities."""
-        with torch.no_grad(), self.accelerator.autocast(), self.reference(self.model) as frozen:
-            return _completion_sums(batch, frozen(packed=batch))
+    @torch.no_grad()
+    def _add_reference(self, step: Step) -> None:
+        """Put the reference's log-probabilities into the step's batches, where the objective needs them."""
+        if not self.objective.needs_reference or all(batch.reference is not None for batch in step.batches):
+            return
+        with self.accelerator.autocast(), self.reference(self.model) as frozen:
+            for number, batch in enumerate(step.batches):
+                scored = (step.shared[number] if step.shared else batch).to(self.args.device)
+                batch.reference = _completion_sums(scored, frozen(packed=scored))
+                if step.shared:  # own and mismatched completions take turns
+                    step.mismatched[number].reference = batch.reference[1::2]
+                    batch.reference = batch.reference[0::2]
 
     @torch.no_grad()
     def _log_ratios(self, step: Step) -> torch.Tensor:
-        """[2] sum and number of this rank's log-ratios of mismatched completions.
-
-        The reference's log-probabilities of the batches' own completions are found with them, and left in the batches.
-        """
+        """[2] sum and number of this rank's log-ratios of mismatched completions."""
         found = torch.zeros(2, device=self.args.device)
-        for batch, mismatched, shared in zip(step.batches, step.mismatched, step.shared, strict=True):
-            if batch.reference is None:
-                reference = self._score_reference(shared.to(self.args.device))
-                batch.reference, mismatched.reference = reference[0::2], reference[1::2]
+        for batch in step.mismatched:
             # Not through DDP, whose ranks must call forward equally often: one may have no rows.
-            scores = self._score(self.model, mismatched.to(self.args.device), 1.0)
+            scores = self._score(self.model, batch.to(self.args.device), 1.0)
+            assert scores.reference is not None
             found += torch.stack([(scores.policy - scores.reference).sum(), found.new_full((), len(scores.policy))])
         return found
 
@@ -311,10 +324,9 @@ class PackedTrainer(Trainer):
 
     def _slopes(self, batches: list[PackedBatch], mean_length) -> Iterator[torch.Tensor]:
         """d loss / d log-probability of each batch's completions, where the loss needs the whole step at once."""
-        with torch.no_grad(), torch.random.fork_rng():  # the pass with gradients sees the same dropout
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):  # the pass with gradients sees the same dropout
             parts = [self._score(self.model, batch.to(self.args.device), mean_length) for batch in batches]
-        for batch, part in zip(batches, parts, strict=True):
-            batch.reference = part.reference
         scores, own = self._gather(parts)
         policy = scores.policy.requires_grad_()
         loss = self.objective.loss(scores).mean()
@@ -335,7 +347,7 @@ class PackedTrainer(Trainer):
     def _add_metrics(self, scores: Scores, counted: bool) -> None:
         """Add to the sums, or only zeros: all ranks must have the same ones when they are reduced."""
         for name, value in self.objective.sums(scores).items():
-            self._sums[name] = self._sums.get(name, 0.0) + value * counted
+            self._sums[name] = self._sums.get(name, 0.0) + value.double() * counted
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -384,8 +396,8 @@ class PackedTrainer(Trainer):
         parts: list[Scores] = []
         log_ratios = torch.zeros(2, device=self.args.device)
         for step in dataloader:
-            if self.objective.needs_kl:
-                log_ratios += self._log_ratios(step)
+            self._add_reference(step)
+            log_ratios += self._log_ratios(step)
             parts += [self._score(model, batch.to(self.args.device), 1.0) for batch in step.batches]
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         scores, _ = self._gather(parts)

@@ -118,9 +118,9 @@ def _pair_sums(rewards: Callable[[Scores], torch.Tensor]) -> Callable[[Scores], 
     """Sums over groups with a rejected completion; several negatives count by their mean."""
 
     def sums(scores: Scores) -> Sums:
-        chosen, rejected = scores.split(rewards(scores).detach())
+        chosen, rejected = scores.split(rewards(scores).detach().double())  # for the variances
         chosen_logps, rejected_logps = scores.split(scores.policy.detach())
-        chosen_length, rejected_length = scores.split(scores.lengths)
+        chosen_length, rejected_length = scores.split(scores.lengths.double())
         row = scores.others_group
         count = torch.zeros_like(chosen).index_add(0, row, torch.ones_like(rejected))
         some = count > 0
@@ -130,7 +130,7 @@ def _pair_sums(rewards: Callable[[Scores], torch.Tensor]) -> Callable[[Scores], 
 
         margin = torch.where(some, chosen - mean(rejected), 0.0)
         longer = torch.where(some, chosen_length - mean(rejected_length), 0.0)
-        wins = torch.where(some, mean((chosen[row] > rejected).float()), 0.0)
+        wins = torch.where(some, mean((chosen[row] > rejected).double()), 0.0)
         return {
             "groups": chosen.new_full((), len(chosen)),
             "pairs": some.float().sum(),
@@ -139,7 +139,7 @@ def _pair_sums(rewards: Callable[[Scores], torch.Tensor]) -> Callable[[Scores], 
             "rewards/margins": margin.sum(),
             "rewards/accuracies": wins.sum(),
             "logps/chosen": chosen_logps.sum(),
-            "logps/rejected": mean(rejected_logps).sum(),
+            "logps/rejected": mean(rejected_logps.double()).sum(),
             "_margin²": margin.square().sum(),
             "_longer": longer.sum(),
             "_longer²": longer.square().sum(),
@@ -157,10 +157,16 @@ def _pair_metrics(sums: dict[str, float], loss: float) -> dict[str, float]:
     }
     for name in ("rewards/chosen", "logps/chosen"):
         metrics[name] = sums[name] / max(sums["groups"], 1.0)
-    margin, longer = sums["rewards/margins"] / pairs, sums["_longer"] / pairs
-    spread = (sums["_margin²"] / pairs - margin**2) * (sums["_longer²"] / pairs - longer**2)
-    covariance = sums["_margin·longer"] / pairs - margin * longer
-    metrics["length_bias"] = covariance / math.sqrt(spread) if spread > 1e-12 else 0.0
+    means = {
+        name: sums[name] / pairs for name in ("rewards/margins", "_margin²", "_longer", "_longer²", "_margin·longer")
+    }
+    margin, longer = means["rewards/margins"], means["_longer"]
+    variances = (means["_margin²"] - margin**2, means["_longer²"] - longer**2)
+    varies = all(v > 1e-12 * means[name] for v, name in zip(variances, ("_margin²", "_longer²"), strict=True))
+    metrics["length_bias"] = 0.0
+    if varies:
+        correlation = (means["_margin·longer"] - margin * longer) / math.sqrt(math.prod(variances))
+        metrics["length_bias"] = min(max(correlation, -1.0), 1.0)
     return metrics
 
 
@@ -186,13 +192,15 @@ def _kto_sums(beta: float) -> Callable[[Scores], Sums]:
 
 
 def _kto_metrics(sums: dict[str, float], loss: float) -> dict[str, float]:
-    count = {"chosen": max(sums["good"], 1.0), "rejected": max(sums["groups"] - sums["good"], 1.0)}
-    metrics = {
-        name: value / count.get(name.rpartition("/")[2], max(sums["groups"], 1.0))
-        for name, value in sums.items()
-        if name not in ("groups", "good")
-    }
-    metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    """Means over the rows of each class; those of a class without rows are left out."""
+    count = {"chosen": sums["good"], "rejected": sums["groups"] - sums["good"]}
+    metrics = {}
+    for name, value in sums.items():
+        rows = count.get(name.rpartition("/")[2], sums["groups"])
+        if rows and name not in ("groups", "good"):
+            metrics[name] = value / rows
+    if all(count.values()):
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     return metrics
 
 
