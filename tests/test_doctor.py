@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import constants
 
 from arabic_qwen import doctor
-from arabic_qwen.models import loading
+from arabic_qwen.models import precision
 from tests.test_cli import in_process
 
 
@@ -28,10 +28,10 @@ def gpu(monkeypatch):
 
 def test_processor(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(loading, "_processor_has_bf16", lambda: False)
+    monkeypatch.setattr(precision, "_processor_has_bf16", lambda: False)
     assert "cores, bfloat16 only emulated" in find("processor").text
     assert find("precision").text.endswith("float32")
-    assert find("4/8 bit") == ("missing", "4/8 bit", "not possible: quantised training needs a CUDA device")
+    assert find("8 bit") == ("missing", "8 bit", "not possible: needs a CUDA device")
     assert "SDPA" in find("attention").text
     assert "takes very long" in doctor.examine()[-1].text
 

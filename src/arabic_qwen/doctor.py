@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.models import loading
+from arabic_qwen.models import precision
 
 _GB = 1e9
 _HUB_TIMEOUT = 3  # seconds
@@ -42,7 +42,7 @@ def examine() -> list[Finding]:
     versions = _versions()
     impossible = any(finding.level == "impossible" for finding in versions)
     verdict = Finding("impossible", "training", "impossible until ✗ above are mended") if impossible else _verdict()
-    return [*versions, *_devices(), _precision(), _quantisation(), _attention(), *_room(), _hub(), *_extras(), verdict]
+    return [*versions, *_devices(), _precision(), *_quantisation(), _attention(), *_room(), _hub(), *_extras(), verdict]
 
 
 def _requirements() -> list[Requirement]:
@@ -86,7 +86,7 @@ def _devices() -> list[Finding]:
             findings.append(Finding("ok", f"gpu {index}", f"{text}, compute capability {major}.{minor}"))
         return findings
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    bf16 = "computes in bfloat16" if loading._processor_has_bf16() else "bfloat16 only emulated, which is slow"
+    bf16 = "computes in bfloat16" if precision.device_has_bf16() else "bfloat16 only emulated, which is slow"
     return [
         Finding("missing", "gpu", "none that torch can use; training runs on the processor, slowly"),
         Finding("info", "processor", f"{cores} cores, {bf16}"),
@@ -101,18 +101,21 @@ def _precision() -> Finding:
 def _default_dtype() -> torch.dtype:
     logging.disable(logging.WARNING)  # what it falls back to is said here
     try:
-        return loading.compute_dtype(SFTConfig())
+        return precision.compute_dtype(SFTConfig())
     finally:
         logging.disable(logging.NOTSET)
 
 
-def _quantisation() -> Finding:
-    try:
-        loading._quantization(SFTConfig(load_in_4bit=True))
-    except ConfigurationError as error:
-        reason = str(error).partition(": ")[2].partition("; set")[0]
-        return Finding("missing", "4/8 bit", f"not possible: {reason}")
-    return Finding("ok", "4/8 bit", "possible (load_in_4bit, load_in_8bit)")
+def _quantisation() -> list[Finding]:
+    findings = []
+    for setting, name in (("load_in_4bit", "4 bit"), ("load_in_8bit", "8 bit")):
+        try:
+            precision.quantization(SFTConfig(**{setting: True}))
+            findings.append(Finding("ok", name, f"possible ({setting})"))
+        except ConfigurationError as error:
+            reason = str(error).partition(": ")[2].partition("; ")[0]
+            findings.append(Finding("missing", name, f"not possible: {reason}"))
+    return findings
 
 
 def _attention() -> Finding:
@@ -170,7 +173,7 @@ def _verdict() -> Finding:
         return f"Qwen2.5-{fitting[-1]}" if fitting else "the tiny model that comes along only"
 
     text = f"LoRA up to {largest(_default_dtype().itemsize * 1.1)}, full training up to {largest(16)}"
-    if cuda and _quantisation().level == "ok":
+    if cuda and _quantisation()[0].level == "ok":
         text += f", 4-bit LoRA up to {largest(0.75)}"
     if not cuda:
         text += "; on a processor anything above 0.5B takes very long"

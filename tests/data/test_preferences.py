@@ -416,7 +416,7 @@ class TestUnpaired:
         assert problem in str(error.value)
 
     def test_only_when_asked_for(self, loader):
-        with pytest.raises(DatasetError, match="but needs prompt, completion, label"):
+        with pytest.raises(DatasetError, match="is a pair; set unpair_preferences to true"):
             loader("kto").encode([pair()])
 
     def test_trimmed_prompts_count_once(self, loader):
@@ -600,7 +600,3 @@ class TestMismatched:
         with pytest.raises(DatasetError, match="all rows to train on have the same prompt; add rows"):
             loader("kto", dataset_path=write(self.rows(4, 4)), validation_split=0).load()
         assert all(group.mismatched is None for group in loader("kto").encode(self.rows(4, 4)))
-
-    def test_a_pair_needs_a_setting(self, loader):
-        with pytest.raises(DatasetError, match="is a pair; set unpair_preferences to true"):
-            loader("kto").encode([pair()])

@@ -30,7 +30,7 @@ def numbers(count: int) -> GroupStream:
     def encode(some):
         for row in some:
             if isinstance(row, BadRow):
-                bad_rows._reasons[row.where] = row.reason
+                bad_rows.add(row)
         return Numbers([row.values["n"] for row in some if isinstance(row, Row)])
 
     return GroupStream(lambda: iter(rows), encode, bad_rows)

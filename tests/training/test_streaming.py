@@ -29,7 +29,7 @@ def test_one_window_trains_as_the_set_in_memory(model_dir, sft_file, tmp_path, p
     stream_, trainer = trained_weights(streamed(model_dir, sft_file, tmp_path / "stream", **values))
     assert all(torch.equal(memory[name], stream_[name]) for name in memory)
     card = (tmp_path / "stream" / "README.md").read_text(encoding="utf-8")
-    assert f"- train, `{sft_file}`: streamed, 12 examples, " in card
+    assert f"- train, `{sft_file.name}`: streamed, 12 examples, " in card
     assert trainer.metrics["eval_loss"] > 0
 
 

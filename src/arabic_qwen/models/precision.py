@@ -37,7 +37,7 @@ def _processor_has_bf16() -> bool:
     )
 
 
-def _device_has_bf16() -> bool:
+def device_has_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return _processor_has_bf16()
@@ -56,7 +56,7 @@ def explained_dtype(config: BaseConfig) -> tuple[torch.dtype, str]:
     """:func:`compute_dtype`, with a line for the log that says why where the configuration leaves it open; or ""."""
     if config.bf16 and config.fp16:
         raise ConfigurationError("bf16 and fp16 are both true; set one of them to false")
-    cuda, has_bf16 = torch.cuda.is_available(), _device_has_bf16()
+    cuda, has_bf16 = torch.cuda.is_available(), device_has_bf16()
     if config.bf16 and not has_bf16:
         raise ConfigurationError(
             "bf16: this GPU has no bfloat16; set fp16 to true instead"

@@ -51,8 +51,16 @@ def draw_loss_curve(run_dir: Path) -> Path | None:
 
 def _unlocated(config: BaseConfig) -> BaseConfig:
     """Of a path on this machine only the last part: a card is published."""
-    paths = {name: str(getattr(config, name, None) or "") for name in _PATHS}
-    return config.model_copy(update={n: Path(path).name for n, path in paths.items() if Path(path).is_absolute()})
+
+    def short(value: Any) -> Any:
+        if isinstance(value, list):
+            return [short(item) for item in value]
+        if isinstance(value, dict):  # an entry of dataset_path
+            return value | {"path": short(value["path"])}
+        return Path(value).name if value and Path(value).is_absolute() else value
+
+    paths = {name: getattr(config, name) for name in _PATHS if hasattr(config, name)}
+    return config.model_copy(update={name: short(value) for name, value in paths.items()})
 
 
 def model_card(config: BaseConfig, metrics: dict[str, float], data: dict[str, str], *, adapter: bool) -> str:
