@@ -3,7 +3,7 @@
 import pytest
 
 from arabic_qwen.chat import Chat
-from arabic_qwen.models.loading import EMBEDDED_MODEL
+from arabic_qwen.models.sources import EMBEDDED_MODEL
 
 
 @pytest.fixture(scope="module")

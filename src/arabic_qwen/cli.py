@@ -63,7 +63,9 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON li
 @app.command(epilog="Example: arabic-qwen quickstart --output-dir first-run")
 def quickstart(
     model: Annotated[str, typer.Option(help="Hub id or folder of a model; default: a tiny one that comes along")] = "",
-    data: Annotated[str, typer.Option(help="JSON Lines file; default: 240 sample rows that come along")] = "",
+    data: Annotated[
+        str, typer.Option(help="Data file, folder or hub id; default: 240 sample rows that come along")
+    ] = "",
     output_dir: Annotated[str, typer.Option(help="Where the run is written")] = "quickstart",
 ) -> None:
     """Fine-tune a model on Arabic instructions, then on preferences, and show what changed on held-out rows."""
@@ -193,6 +195,7 @@ def _set_up_output() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for name in ("arabic_qwen", "BaseTrainer", "SFTTrainer", "DPOTrainer"):
         logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel that is missing
     warnings.filterwarnings("ignore", category=FutureWarning)
     if not sys.stderr.isatty():
         from transformers.utils.logging import disable_progress_bar

@@ -134,7 +134,8 @@ def test_quantised_base(config, key):
     merged = BaseTrainer(SFTConfig())
     merged.load_model(config.output_dir)
     assert not getattr(merged.config, key)
-    assert merged.evaluate(rows)["eval_loss"] == pytest.approx(trainer.evaluate(rows)["eval_loss"], rel=0.1)
+    # the base that it was merged into is not quantised, which a model of random weights feels
+    assert merged.evaluate(rows)["eval_loss"] == pytest.approx(trainer.evaluate(rows)["eval_loss"], rel=0.3)
 
 
 def test_auto_precision(config):
@@ -177,7 +178,7 @@ def test_first_margin_is_zero(model_dir, tmp_path, variant):
     trainer = BaseTrainer(pairs_config(DPOConfig, model_dir, tmp_path, lora_dropout=0.0, logging_steps=1, **variant))
     trainer.train()
     # on a 4-bit base bitsandbytes multiplies with another kernel where no gradient is needed, as in the reference's pass
-    tolerance = 5e-2 if variant.get("load_in_4bit") else 0
+    tolerance = 5e-2 if variant.get("load_in_4bit") else 1e-5  # sums on a GPU are not in order
     assert trainer.trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=tolerance)
 
 

@@ -99,7 +99,7 @@ def _parse_lines(path: Path, lines: Iterable[bytes]) -> Rows:
         except RecursionError:
             yield BadRow(where, "not valid JSON (nested too deeply)", text)
         except ValueError as error:  # json's own error, or a number of more digits than Python reads
-            yield BadRow(where, f"not valid JSON ({getattr(error, 'msg', error)})", text)
+            yield BadRow(where, f"not valid JSON ({getattr(error, 'msg', error)}); write one JSON object a line", text)
 
 
 def _row(where: str, values: Any) -> Row | BadRow:

@@ -416,7 +416,7 @@ class BaseTrainer(GenerationMixin):
     # ---------------------------------------------------------------- evaluation and generation
 
     def evaluate(self, eval_dataset: Iterable[Mapping[str, Any]] | str | None = None) -> dict[str, float]:
-        """Metrics on a dataset: `eval_loss` (nats per target token) and `eval_perplexity`.
+        """Metrics on a dataset: `eval_loss`, and what the method measures (`eval_perplexity`, `eval_rewards/…`).
 
         Args:
             eval_dataset: rows in any layout that training reads (a `datasets.Dataset`, a list of dicts), the path of
