@@ -195,7 +195,6 @@ def _set_up_output() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for name in ("arabic_qwen", "BaseTrainer", "SFTTrainer", "DPOTrainer"):
         logging.getLogger(name).setLevel(logging.INFO)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel that is missing
     warnings.filterwarnings("ignore", category=FutureWarning)
     if not sys.stderr.isatty():
         from transformers.utils.logging import disable_progress_bar

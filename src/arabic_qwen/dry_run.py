@@ -81,6 +81,10 @@ def dry_run(config: BaseConfig) -> list[str]:
         lines += _cost_lines(engine, config)
     if run.finished:
         lines.append(f"folder     {run.folder} holds this run, finished: training would do nothing")
+    elif run.in_the_way:
+        lines.append(f"folder     {run.folder} holds a finished run with other settings, which would be renamed")
+    elif config.overwrite_output_dir and run.folder.is_dir():
+        lines.append(f"folder     training would discard the run in {run.folder}")
     elif run.checkpoint:
         lines.append(f"folder     training would go on from {run.checkpoint}")
     return [*lines, "nothing was written"]

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback
 
 from arabic_qwen.config import BaseConfig, SFTConfig
+from arabic_qwen.config.base import PROMPT_FORMAT
 from arabic_qwen.config.yaml_io import dump_yaml, read_config_file
 from arabic_qwen.errors import ConfigurationError
 
@@ -273,15 +274,16 @@ class TestCommentedYaml:
     def test_every_field_has_its_description_and_every_section_its_heading(self):
         lines = SFTConfig.commented_yaml().splitlines()
         for name, field in SFTConfig.model_fields.items():
-            written = [line for line in lines if line.startswith(f"{name}: ")]
+            written = [line for line in lines if line.removeprefix("# ").startswith(f"{name}: ")]
             assert len(written) == (name != "callbacks"), name
-            assert all(line.endswith(f"  # {field.description}") for line in written)
+            assert all(f"  # {field.description}" in line for line in written)
+            assert all(line.startswith("# ") == (name in PROMPT_FORMAT) for line in written)
         for heading in SFTConfig.sections.values():
             assert lines.count(f"# {heading}") == 1
 
     def test_keys_are_the_saved_ones(self):
         values = yaml.safe_load(SFTConfig.commented_yaml())
-        assert set(values) == {"method", *SFTConfig.model_fields} - {"callbacks"}
+        assert set(values) == {"method", *SFTConfig.model_fields} - {"callbacks", *PROMPT_FORMAT}
 
 
 def test_dump_keeps_the_order_of_keys():

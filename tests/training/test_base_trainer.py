@@ -424,11 +424,11 @@ class TestStages:
         keeps.get_data_loader()
         assert keeps.config.instruction_template == "chatml"
         assert "<|im_start|>" in keeps.tokenizer.chat_template
-        assert "another prompt format" not in caplog.text
+        assert "unset it to keep that one" not in caplog.text
         changes = BaseTrainer(SFTConfig(**values, instruction_template="alpaca"))
         changes.get_data_loader()
         assert "### Instruction" in changes.tokenizer.chat_template
-        assert "another prompt format" in caplog.text
+        assert "unset it to keep that one" in caplog.text
 
     def test_own_template_goes_with_the_output(self, config, tmp_path):
         path = tmp_path / "own.jinja"

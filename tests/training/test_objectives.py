@@ -265,7 +265,8 @@ class TestLengthBias:
         assert self.correlation([1.7], [3]) == 0
 
     def test_stays_in_its_range(self):
-        assert self.correlation([0.1, 0.2], [1, 2]) == pytest.approx(1)
+        assert self.correlation([0.1, 0.2, 0.3], [1, 2, 3]) == pytest.approx(1)
+        assert self.correlation([0.1, 0.2], [1, 2]) == 0  # of two pairs it says nothing
         assert -1 <= self.correlation([0.3, 0.2, 0.1], [1, 2, 3]) <= 1
 
 

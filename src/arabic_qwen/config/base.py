@@ -54,6 +54,9 @@ TorchDtype = Annotated[
 ]
 
 
+#: What a later stage takes over from the run that it goes on from, where it is unset.
+PROMPT_FORMAT = ("instruction_template", "response_template", "system_prompt")
+
 TEMPLATE_SUFFIXES = (".jinja", ".j2")
 
 
@@ -324,8 +327,7 @@ class BaseConfig(BaseModel):
                 continue
             if name in cls.sections:
                 lines += ["", f"# {cls.sections[name]}"]
-            if name == "output_dir":
-                lines.append(f"output_dir: ./checkpoints/{cls.method}  # {field.description}")
-            else:
-                lines.append(f"{dump_yaml({name: field.default}).rstrip()}  # {field.description}")
+            default = f"./checkpoints/{cls.method}" if name == "output_dir" else field.default
+            line = f"{dump_yaml({name: default}).rstrip()}  # {field.description}"
+            lines.append(f"# {line}; unset: an earlier run's" if name in PROMPT_FORMAT else line)
         return "\n".join(lines) + "\n"

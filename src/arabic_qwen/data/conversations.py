@@ -48,7 +48,7 @@ def to_conversation(values: dict[str, Any], system_prompt: str | None = None) ->
             {"role": "assistant", "content": field_text(values, answer)},
         ]
     else:
-        raise ValueError(f"has the columns {', '.join(values) or '(none)'}, but needs {LAYOUTS}")
+        raise wrong_columns(values, LAYOUTS)
 
     if messages and messages[0]["role"] != "system":
         system = field_text(values, "system") if values.get("system") else system_prompt
@@ -56,6 +56,17 @@ def to_conversation(values: dict[str, Any], system_prompt: str | None = None) ->
             messages.insert(0, {"role": "system", "content": system})
     check_turns(messages)
     return messages
+
+
+def wrong_columns(values: dict[str, Any], needed: str) -> ValueError:
+    """What to say of a row that lacks columns."""
+    if {"completion", "label"} <= values.keys():
+        hint = "such rows are for method kto"
+    elif {"chosen", "rejected"} <= values.keys():
+        hint = "such rows are for methods dpo, ipo, cpo, simpo and orpo"
+    else:
+        hint = "name yours in column_map"
+    return ValueError(f"has the columns {', '.join(values) or '(none)'}, but needs {needed}; {hint}")
 
 
 def _history(pairs: Any) -> list[Message]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from arabic_qwen.data.conversations import Message, check_turns, field_text, read_messages
+from arabic_qwen.data.conversations import Message, check_turns, field_text, read_messages, wrong_columns
 
 _LABELS = {True: True, False: False, "desirable": True, "undesirable": False}  # 1 and 0 are True and False as keys
 
@@ -94,7 +94,7 @@ def to_feedback(values: dict[str, Any], system_prompt: str | None = None) -> Pre
 def _require(values: dict[str, Any], *columns: str) -> None:
     missing = [column for column in columns if column not in values]
     if missing:
-        raise ValueError(f"has the columns {', '.join(values) or '(none)'}, but needs prompt, {', '.join(columns)}")
+        raise wrong_columns(values, f"prompt, {', '.join(columns)}")
 
 
 def _answer(values: dict[str, Any], given: Any, place: str) -> tuple[list[Message], str]:

@@ -22,7 +22,7 @@ from transformers.integrations import MLflowCallback
 from transformers.utils.logging import disable_progress_bar
 
 from arabic_qwen.config import BaseConfig, SFTConfig, load_config
-from arabic_qwen.config.base import TEMPLATE_SUFFIXES
+from arabic_qwen.config.base import PROMPT_FORMAT, TEMPLATE_SUFFIXES
 from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.data.loaders import DataLoader, SFTDataLoader, to_padded
 from arabic_qwen.data.stream import GroupStream
@@ -116,7 +116,7 @@ class BaseTrainer(GenerationMixin):
         if template.endswith(TEMPLATE_SUFFIXES):
             template = "tokenizer"  # which was saved with it; the file may be gone
         prompt_format = saved.model_copy(update={"instruction_template": template})
-        for name in {"instruction_template", "response_template", "system_prompt"} - keep:
+        for name in set(PROMPT_FORMAT) - keep:
             setattr(self.config, name, getattr(prompt_format, name))
         return saved
 
@@ -224,7 +224,7 @@ class BaseTrainer(GenerationMixin):
             saved = self.tokenizer.chat_template
             set_template(self.tokenizer, self.config.instruction_template, self.config.response_template)
             if sources.is_run_output(self._source) and self.tokenizer.chat_template != saved:
-                self.logger.warning("instruction_template: %s was trained with another prompt format", self._source)
+                self.logger.warning("instruction_template: %s had another; unset it to keep that one", self._source)
             self._setup_padding_token()
 
     def _setup_padding_token(self) -> None:

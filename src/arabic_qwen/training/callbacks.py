@@ -39,11 +39,13 @@ class ProgressDisplay(TrainerCallback):
             self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.losses |= {name: logs[name] for name in ("loss", "eval_loss") if name in logs}
+        new = {name: logs[name] for name in ("loss", "eval_loss") if name in logs}
+        again = all(self.losses.get(name) == value for name, value in new.items())
+        self.losses |= new
         text = " · ".join(f"{name} {value:.4f}" for name, value in self.losses.items())
         if self.bar:
             self.bar.update(self.task, description=f"Training · {text}")
-        elif state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
+        elif state.is_world_process_zero and not again:
             steps = state.global_step - getattr(self, "first_step", state.global_step)
             left = ""
             if steps:

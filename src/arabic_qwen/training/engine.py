@@ -26,6 +26,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.data.packing import Group, PackedBatch, best_fit_decreasing, micro_batches, pack, with_mismatched
 from arabic_qwen.data.stream import GroupStream
+from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.losses.kto import kto_kl
 from arabic_qwen.models.reference import Reference
 from arabic_qwen.training.objectives import Objective, Scores, Sums, join_scores
@@ -176,7 +177,13 @@ class PackedTrainer(Trainer):
         reference: Reference | None = None,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        try:
+            super().__init__(**kwargs)
+        except OSError as error:  # it makes the output folder
+            folder = kwargs["args"].output_dir
+            raise ConfigurationError(
+                f"output_dir: {folder} cannot be written ({error.strerror}); choose another output_dir"
+            ) from None
         self.objective: Objective = objective
         self.train_groups: Any = self.train_dataset
         self.token_budget = token_budget

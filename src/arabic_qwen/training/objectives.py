@@ -162,7 +162,9 @@ def _pair_metrics(sums: dict[str, float], loss: float) -> dict[str, float]:
     }
     margin, longer = means["rewards/margins"], means["_longer"]
     variances = (means["_margin²"] - margin**2, means["_longer²"] - longer**2)
-    varies = all(v > 1e-12 * means[name] for v, name in zip(variances, ("_margin²", "_longer²"), strict=True))
+    varies = pairs > 2 and all(
+        v > 1e-12 * means[name] for v, name in zip(variances, ("_margin²", "_longer²"), strict=True)
+    )
     metrics["length_bias"] = 0.0
     if varies:
         correlation = (means["_margin·longer"] - margin * longer) / math.sqrt(math.prod(variances))
