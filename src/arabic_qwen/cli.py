@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -120,6 +119,7 @@ def train(
 
         print("\n".join(rehearsal.dry_run(settings)))
         return
+    from arabic_qwen.data.bad_rows import is_first_process
     from arabic_qwen.training.base_trainer import BaseTrainer
     from arabic_qwen.training.checkpoints import find_run
 
@@ -131,7 +131,7 @@ def train(
         how = f"go on from {checkpoint}" if checkpoint else "start again, for there is no checkpoint yet"
         print(f"stopped; the same command will {how}", file=sys.stderr)
         raise typer.Exit(130) from None
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         return
     for name, value in trainer.metrics.items():
         print(f"{name} {value:.4f}")

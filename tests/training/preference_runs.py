@@ -2,11 +2,14 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from arabic_qwen.config import (
     BaseConfig,
@@ -101,6 +104,18 @@ def run(config: BaseConfig) -> tuple[dict[str, torch.Tensor], BaseTrainer]:
     trainer = BaseTrainer(config)
     trainer.train()
     return trainable(trainer.model), trainer
+
+
+def train_on_two_processes(config: BaseConfig) -> dict[str, torch.Tensor]:
+    """Trains through the command with two gloo ranks; the trained weights, read from the output folder."""
+    folder = Path(config.output_dir)
+    config.to_yaml(folder.with_suffix(".yaml"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, "-m", "arabic_qwen", "train", str(folder.with_suffix(".yaml"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    base = AutoModelForCausalLM.from_pretrained(config.model_name, dtype=torch.float32)
+    return trainable(PeftModel.from_pretrained(base, folder, is_trainable=True))
 
 
 def ready(config: BaseConfig, seed: int | None = 0) -> BaseTrainer:

@@ -1,13 +1,10 @@
 """The engine against TRL, against itself cut and interrupted in other ways, and against itself on two processes."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -16,6 +13,7 @@ from arabic_qwen.data.packing import pack
 from arabic_qwen.models.adapters import add_lora
 from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.engine import _StepSampler
+from tests.training.preference_runs import relative_difference, train_on_two_processes
 
 
 def sft_config(model_dir, sft_file, output_dir, **values):
@@ -49,12 +47,6 @@ def trained_weights(config):
 def initial_adapter(config):
     model = add_lora(AutoModelForCausalLM.from_pretrained(config.model_name, dtype=torch.float32), config)
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def relative_difference(ours, theirs, start):
-    update = sum((theirs[n] - start[n]).square().sum() for n in start).sqrt()
-    assert update > 0
-    return sum((ours[n] - theirs[n]).square().sum() for n in start).sqrt() / update
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -237,15 +229,7 @@ def test_two_processes_equal_one(model_dir, sft_file, tmp_path):
     config = sft_config(
         model_dir, sft_file, tmp_path / "two", per_device_train_batch_size=1, ddp_backend="gloo", **values
     )
-    config.to_yaml(tmp_path / "two.yaml")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "arabic_qwen"]
-    subprocess.run(
-        [*command, "train", str(tmp_path / "two.yaml")], check=True, capture_output=True, text=True, timeout=300
-    )
-
-    base = AutoModelForCausalLM.from_pretrained(config.model_name, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, tmp_path / "two", is_trainable=True)
-    two = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    two = train_on_two_processes(config)
     assert load_file(tmp_path / "two" / "adapter_model.safetensors")
     assert relative_difference(two, one, initial_adapter(config)) < 1e-4
     losses = [

@@ -2,13 +2,10 @@
 
 import contextlib
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from arabic_qwen.data.packing import micro_batches, pack
@@ -29,6 +26,7 @@ from tests.training.preference_runs import (
     ready,
     relative_difference,
     run,
+    train_on_two_processes,
     trainable,
     write_data,
 )
@@ -461,17 +459,9 @@ def test_two_processes_equal_one(case, own, model_dir, data, tmp_path):
         ddp_backend="gloo",
         **values,
     )
-    split.to_yaml(tmp_path / "two.yaml")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "arabic_qwen"]
-    done = subprocess.run(
-        [*command, "train", str(tmp_path / "two.yaml")], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-    base = AutoModelForCausalLM.from_pretrained(config.model_name, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, tmp_path / "two", is_trainable=True)
+    two = train_on_two_processes(split)
     start = trainable(add_lora(AutoModelForCausalLM.from_pretrained(config.model_name, dtype=torch.float32), config))
-    assert relative_difference(trainable(model), one, start) < 1e-3
+    assert relative_difference(two, one, start) < 1e-3
 
     logged = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

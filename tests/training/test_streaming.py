@@ -6,15 +6,21 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data import stream
 from arabic_qwen.errors import ConfigurationError, DatasetError
 from arabic_qwen.training.base_trainer import BaseTrainer
-from tests.training.preference_runs import CONFIGS, preference_config, run, write_data, write_rows
-from tests.training.test_engine import StopAfter, initial_adapter, relative_difference, sft_config, trained_weights
+from tests.training.preference_runs import (
+    CONFIGS,
+    preference_config,
+    relative_difference,
+    run,
+    train_on_two_processes,
+    write_data,
+    write_rows,
+)
+from tests.training.test_engine import StopAfter, initial_adapter, sft_config, trained_weights
 
 
 def streamed(model_dir, data, folder, **values):
@@ -57,14 +63,7 @@ def test_two_processes_equal_one(model_dir, sft_file, tmp_path):
     config = streamed(
         model_dir, sft_file, tmp_path / "two", per_device_train_batch_size=1, ddp_backend="gloo", **values
     )
-    config.to_yaml(tmp_path / "two.yaml")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "arabic_qwen"]
-    subprocess.run(
-        [*command, "train", str(tmp_path / "two.yaml")], check=True, capture_output=True, text=True, timeout=300
-    )
-    base = AutoModelForCausalLM.from_pretrained(config.model_name, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, tmp_path / "two", is_trainable=True)
-    two = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    two = train_on_two_processes(config)
     assert relative_difference(two, one, initial_adapter(config)) < 1e-4
 
 

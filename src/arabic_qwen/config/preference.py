@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,11 @@ DPOLoss = Literal[
 
 #: Forms of DPO's loss that have label smoothing (losses.dpo.LABEL_SMOOTHED; this package does not import torch).
 _LABEL_SMOOTHED = ("sigmoid", "hinge", "ipo", "robust", "exo_pair", "aot", "aot_unpaired", "sigmoid_norm")
+
+
+LabelSmoothing = Annotated[
+    float, Field(ge=0, lt=0.5, description="Assumed share of pairs labelled the wrong way round")
+]
 
 
 class PreferenceConfig(BaseConfig):
@@ -57,7 +62,7 @@ class DPOConfig(ReferenceConfig):
     method: ClassVar[str] = "dpo"
     learning_rate: float = Field(5e-7, gt=0, description="Peak learning rate")
     loss_type: DPOLoss = Field("sigmoid", description="Form of the loss, by TRL's names")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of pairs labelled the wrong way round")
+    label_smoothing: LabelSmoothing = 0.0
     discopop_tau: float = Field(0.05, gt=0, le=1, description="Temperature of loss_type discopop")
 
     @model_validator(mode="after")
@@ -92,7 +97,7 @@ class IPOConfig(ReferenceConfig):
     method: ClassVar[str] = "ipo"
     learning_rate: float = Field(5e-7, gt=0, description="Peak learning rate")
     tau: float = Field(0.1, gt=0, description="Regularisation: the log-ratio margin per token is drawn to 1 / (2 tau)")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of pairs labelled the wrong way round")
+    label_smoothing: LabelSmoothing = 0.0
 
 
 class CPOConfig(PreferenceConfig):
@@ -106,7 +111,7 @@ class CPOConfig(PreferenceConfig):
     negatives: Literal["mean", "softmax"] = Field(
         "mean", description="Several rejected answers: mean over pairs, or one softmax over all (loss_type sigmoid)"
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of pairs labelled the wrong way round")
+    label_smoothing: LabelSmoothing = 0.0
 
     @model_validator(mode="after")
     def _check_negatives(self) -> CPOConfig:
@@ -125,7 +130,7 @@ class SimPOConfig(PreferenceConfig):
     beta: float = Field(2.0, gt=0, description="Scale of the length-averaged log-probabilities")
     gamma_beta_ratio: float = Field(0.5, ge=0, description="Target margin, in units of beta")
     loss_type: Literal["simpo"] = Field("simpo", description="Form of the loss")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of pairs labelled the wrong way round")
+    label_smoothing: LabelSmoothing = 0.0
 
 
 class ORPOConfig(PreferenceConfig):
