@@ -20,9 +20,9 @@ LAYERS = [
     {"errors"},
     {"config", "text", "losses", "terminal"},
     {"data", "models"},
-    {"evaluation", "training"},
+    {"audit", "evaluation", "training"},
     {"chat", "comparison", "doctor", "dry_run", "quickstart"},
-    {"cli", "studio", "__main__"},
+    {"cli", "cli_data", "studio", "__main__"},
 ]
 
 SAME_OBJECTS = """

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from arabic_qwen.cli_data import data
 from arabic_qwen.errors import ConfigurationError, DatasetError, TrainingError
 
 app = typer.Typer(
@@ -34,6 +35,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(data, name="data")
 
 Model = Annotated[str, typer.Argument(help="Hub id, model folder, or the output folder of a run")]
 
