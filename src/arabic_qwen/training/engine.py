@@ -10,16 +10,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -30,8 +28,7 @@ from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.losses.kto import kto_kl
 from arabic_qwen.models.reference import Reference
 from arabic_qwen.training.objectives import Objective, Scores, Sums, join_scores
-
-_PLACE_FILE = "stream.json"  # of a checkpoint: how far the streamed data is used
+from arabic_qwen.training.resumable import ResumableTrainer
 
 
 @dataclasses.dataclass
@@ -156,7 +153,7 @@ def _completion_sums(batch: PackedBatch, logps: torch.Tensor) -> torch.Tensor:
     return logps.new_zeros(batch.num_completions).index_add(0, batch.target_completion, logps)
 
 
-class PackedTrainer(Trainer):
+class PackedTrainer(ResumableTrainer):
     """transformers.Trainer whose batches are packed and whose loss is an :class:`Objective`.
 
     Args:
@@ -356,11 +353,20 @@ class PackedTrainer(Trainer):
         for name, value in self.objective.sums(scores).items():
             self._sums[name] = self._sums.get(name, 0.0) + value.double() * counted
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self._place and self.args.should_save:
-            place = self._place | {"done": self.state.global_step}
-            Path(output_dir, _PLACE_FILE).write_text(json.dumps(place), encoding="utf-8")
+    def progress(self) -> dict[str, Any]:
+        place = self._place and self._place | {"done": self.state.global_step}
+        return {"token_budget": self.token_budget, "place": place}
+
+    def go_on(self, progress: dict[str, Any]) -> None:
+        self._place = progress.get("place", {})
+        self.token_budget = min(self.token_budget, progress.get("token_budget", self.token_budget))
+
+    def running(self) -> dict[str, Any]:
+        return super().running() | {"sums": self._sums}
+
+    def keep_running(self, sums: dict[str, Any]) -> None:
+        super().keep_running(sums)
+        self._sums = {name: value.to(self.args.device) for name, value in sums["sums"].items()}
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # Trainer's estimate reads padded inputs; tokens per second is logged instead
@@ -379,8 +385,6 @@ class PackedTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         self._last_log_time = time.perf_counter()
-        path = Path(resume_from_checkpoint or "", _PLACE_FILE)
-        self._place = json.loads(path.read_text(encoding="utf-8")) if resume_from_checkpoint and path.is_file() else {}
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @torch.no_grad()
@@ -406,7 +410,7 @@ class PackedTrainer(Trainer):
             self._add_reference(step)
             log_ratios += self._log_ratios(step)
             parts += [self._score(model, batch.to(self.args.device), 1.0) for batch in step.batches]
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)  # type: ignore[has-type]
         scores, _ = self._gather(parts)
         scores.mean_chosen_length = scores.num_targets[scores.first].float().mean()
         scores.kl = self._divergence(log_ratios)
