@@ -42,6 +42,7 @@ def config_of(variant, model_dir, sft_file, data_dir, folder):
         "early stopping": dict(learning_rate=1e-9, early_stopping_patience=3),
         "evaluation of epochs": dict(evaluation_strategy="epoch", per_device_train_batch_size=4),  # saves steps
         "ends within an epoch": dict(max_steps=3, num_train_epochs=1, dataloader_num_workers=2),
+        "streamed": dict(streaming=True, eval_dataset_path=str(sft_file), max_steps=5, per_device_train_batch_size=4),
         "two workers": dict(dataloader_num_workers=2, group_by_length=True),
     }[variant]
     return sft_config(model_dir, sft_file, folder, **values)
@@ -56,6 +57,7 @@ VARIANTS = [
     "ends within an epoch",
     "evaluation of epochs",
     "kto",
+    "streamed",
     "two workers",
 ]
 
@@ -90,7 +92,8 @@ def seen(monkeypatch):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_resume_at_every_step_ends_the_same(variant, model_dir, sft_file, tmp_path, seen):
+def test_resume_at_every_step_ends_the_same(variant, model_dir, sft_file, tmp_path, seen, monkeypatch):
+    monkeypatch.setattr("arabic_qwen.data.stream.WINDOW", 5)  # of 12 rows
     whole = tmp_path / "whole" / "run"
     BaseTrainer(config_of(variant, model_dir, sft_file, tmp_path, whole)).train()
     expected, order = outcome(whole), list(seen)

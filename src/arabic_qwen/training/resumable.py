@@ -139,10 +139,11 @@ class ResumableTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def _finalize_training(self, trial: Any, *args: Any) -> Any:
-        self._finish_step(trial)
         if self.stop and self.stop.received:
             # Training would load the best checkpoint, and delete the last one where one is kept.
             self.args.load_best_model_at_end, self.args.save_total_limit = False, None
+        else:
+            self._finish_step(trial)
         return super()._finalize_training(trial, *args)
 
     def _load_best_model(self) -> None:
