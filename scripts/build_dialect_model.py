@@ -3,8 +3,9 @@
     apt-get download mediawiki && dpkg -x mediawiki_*.deb mediawiki
     python scripts/build_dialect_model.py mediawiki
 
-Two sources: `dialect_sentences/`, written for this project, where line n says the same in every dialect; and the
-translations of MediaWiki's interface (GPL-2.0-or-later; Debian's package 1.39.17), of which no text is shipped.
+Sources: `dialect_sentences/`, written for this project, where line n says the same in every dialect; the prose of
+`corpus/`, written for it by somebody else; and translations of MediaWiki's interface (GPL-2.0-or-later; Debian's
+package 1.39.17), of which no text is shipped.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from arabic_qwen.text.dialects import DIALECTS, UNKNOWN, DialectClassifier, _wor
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "src" / "arabic_qwen" / "assets" / "dialects.safetensors"
 SENTENCES = ROOT / "scripts" / "dialect_sentences"
+PROSE = {"msa": "MSA", "egyptian": "EGY", "levantine": "LEV", "gulf": "GLF", "maghrebi": "MAG"}
 MEDIAWIKI = {"ar": "MSA", "arz": "EGY", "apc": "LEV", "ary": "MAG", "arq": "MAG", "aeb-arab": "MAG", "acm": "IRQ"}
 
 _MARKUP = re.compile(r"\{\{.*?\}\}|\[\[(?:[^]|]*\|)?([^]]*)\]\]|\[\S+ ([^]]*)\]|<[^>]*>|\$\d|'{2,}|https?://\S+|[#*=|{}\[\]]")
@@ -29,7 +31,7 @@ _MARKUP = re.compile(r"\{\{.*?\}\}|\[\[(?:[^]|]*\|)?([^]]*)\]\]|\[\S+ ([^]]*)\]|
 class Text(NamedTuple):
     text: str
     dialect: str
-    source: str  # sentences, core (MediaWiki itself) or extensions
+    source: str  # sentences, prose, core (MediaWiki itself) or extensions
     group: str  # texts of one group are never on both sides of a split
 
 
@@ -38,6 +40,14 @@ def sentences(folder: Path = SENTENCES) -> list[Text]:
     for dialect in DIALECTS:
         lines = (folder / f"{dialect}.txt").read_text(encoding="utf-8").splitlines()
         found += [Text(line, dialect, "sentences", f"sentence {number}") for number, line in enumerate(lines)]
+    return found
+
+
+def prose() -> list[Text]:
+    found = []
+    for name, dialect in PROSE.items():
+        lines = (ROOT / "scripts" / "corpus" / f"prose_{name}.txt").read_text(encoding="utf-8").splitlines()
+        found += [Text(line, dialect, "prose", f"{name} {number}") for number, line in enumerate(lines)]
     return found
 
 
@@ -117,17 +127,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=MODEL)
     arguments = parser.parse_args()
 
-    own = sentences()
-    translations = mediawiki(arguments.mediawiki, {word for t in own if t.dialect == "MSA" for word in _words(t.text)})
-    texts = own + translations
-    print(Counter((text.source, text.dialect) for text in texts))
+    own, other = sentences(), prose()
+    standard = {word for text in own + other if text.dialect == "MSA" for word in _words(text.text)}
+    translations = mediawiki(arguments.mediawiki, standard)
+    texts = own + other + translations
+    for source in ("sentences", "prose", "core", "extensions"):
+        print(source, dict(Counter(text.dialect for text in texts if text.source == source)))
 
-    report("sentences, unseen lines", own, across_folds(own, translations))
-    model = train(own)
-    for source in ("core", "extensions"):
-        test = [text for text in translations if text.source == source]
-        report(f"MediaWiki {source}, trained on the sentences only", test, predict(model, test))
-    report("sentences, trained on MediaWiki only", own, predict(train(translations), own))
+    report("sentences, lines not seen in any dialect", own, across_folds(own, other + translations))
+    report("prose, none of it seen", other, predict(train(own + translations), other))
+    report("sentences, none of them seen", own, predict(train(other + translations), own))
+    report("MediaWiki, none of it seen", translations, predict(train(own + other), translations))
 
     model = train(texts)
     model.save(arguments.output)

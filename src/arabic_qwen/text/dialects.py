@@ -208,13 +208,17 @@ def _scale(number_of_words: int) -> float:
 
 
 def _regression(features, target: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [labels, buckets] and [labels]: each dialect against the rest."""
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(C=10, max_iter=300).fit(features, target, weight)
-    coefficients, bias = model.coef_.astype(np.float32), model.intercept_.astype(np.float32)
-    if len(model.classes_) == 2:  # scikit-learn keeps one row of two
-        coefficients, bias = np.concatenate([-coefficients, coefficients]) / 2, np.concatenate([-bias, bias]) / 2
-    return coefficients, bias
+    models = [
+        LogisticRegression(C=10, solver="liblinear", dual=True, tol=1e-3, random_state=0).fit(
+            features, target == label, weight
+        )
+        for label in np.unique(target)
+    ]
+    bias = np.array([model.intercept_[0] for model in models], dtype=np.float32)
+    return np.concatenate([model.coef_ for model in models]).astype(np.float32), bias
 
 
 def _held_out_logits(features, target: np.ndarray, weight: np.ndarray, groups: Sequence[str] | None) -> np.ndarray:
