@@ -156,7 +156,7 @@ def _findings(audit: Audit) -> str:
 def _finding(code: str, number: int, rows: int, examples: list[Finding]) -> str:
     kind = CODES[code]
     items = "".join(
-        f'<li><code dir="ltr">{_text(f"{found.file}:{found.line}")}</code> '
+        f'<li dir="ltr"><code>{_text(f"{found.file}:{found.line}")}</code> '
         f'<span lang="en" dir="auto">{_text(found.message)}</span>'
         + (f'<blockquote dir="auto">{_text(found.example)}</blockquote>' if found.example else "")
         + "</li>\n"
@@ -165,7 +165,7 @@ def _finding(code: str, number: int, rows: int, examples: list[Finding]) -> str:
     return (
         f'<details class="{kind.level}"><summary><b>{_KINDS.get(code, "")}</b> '
         f'<span lang="en" dir="ltr">{escape(kind.title)}</span>'
-        f"<data>{number:,}</data>{_meter(number / max(1, rows))}</summary>\n"
+        f'<data dir="ltr">{number:,}</data>{_meter(number / max(1, rows))}</summary>\n'
         f'<p lang="en" dir="ltr">{escape(kind.remedy)}{" (data fix does it)" if kind.fixed else ""}</p>\n'
         f"<ul>{items}</ul></details>\n"
     )
@@ -261,7 +261,7 @@ def _drift(statistics: Statistics) -> str:
         for prompt in prompts
     )
     return (
-        f"<p>إجابات بلهجة غير لهجة السؤال: <b>{statistics.drift_share:.1%}</b> "
+        f'<p>إجابات بلهجة غير لهجة السؤال: <b dir="ltr">{statistics.drift_share:.1%}</b> '
         '<span lang="en" dir="ltr">answers in another dialect than their prompt, where both are known</span></p>\n'
         f'<table class="drift" dir="ltr"><thead><tr><th>prompt ↓ answer →</th>{head}</tr></thead>\n'
         f"<tbody>{body}</tbody></table>\n"
