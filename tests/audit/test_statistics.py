@@ -1,3 +1,4 @@
+import itertools
 import json
 from collections import Counter
 
@@ -112,7 +113,7 @@ def test_histogram_bins_hold_every_length_once(lengths):
     bins = histogram(Counter(lengths))
     assert [sum(first <= length <= last for length in lengths) for first, last, _ in bins] == [n for *_, n in bins]
     assert sum(n for *_, n in bins) == len(lengths)
-    assert all(a[1] + 1 == b[0] for a, b in zip(bins, bins[1:], strict=False))
+    assert all(a[1] + 1 == b[0] for a, b in itertools.pairwise(bins))
 
 
 def test_share_of_copies_in_bounded_memory():
