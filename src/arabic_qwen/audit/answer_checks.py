@@ -158,8 +158,13 @@ _LONG = 30  # words; in a shorter answer one other word is another answer
 _SIMILAR = 0.97
 
 
-def nearly_equal(chosen: str, rejected: list[str]) -> Found | None:
-    """A rejected answer that spells, or nearly says, what the chosen one does."""
+_ABOUT_SPELLING = re.compile(r"املاء|تشكيل|شكل|همز|صحح|دقق|ترقيم|اخطاء|spell|diacriti|punctuat|correct|proofread", re.IGNORECASE)
+
+
+def nearly_equal(prompt: str, chosen: str, rejected: list[str]) -> Found | None:
+    """A rejected answer that says, or nearly says, what the chosen one does; unless spelling is what it is about."""
+    if _ABOUT_SPELLING.search(fold(prompt)):
+        return None
     mine = _words(chosen)
     for answer in rejected:
         theirs = _words(answer)

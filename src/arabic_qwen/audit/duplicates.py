@@ -19,8 +19,29 @@ _PERMUTATIONS = 64
 _BANDS = 16  # of 4 values: two rows with similarity 0.8 share one with probability 1 - (1 - 0.8⁴)¹⁶ = 0.9998
 # Trigrams that so many rows of a batch share are a template ("ترجم إلى العربية: …"), which says nothing about a row.
 _TEMPLATE_SHARE, _TEMPLATE_ROWS = 0.05, 20
-_FEWEST_TRIGRAMS = 8
-_EXAMPLE = 60  # characters
+_FEWEST_TRIGRAMS = 20  # fewer have too little text for one other word not to be another question
+_ANSWER_BITS = 256
+_SIMILAR_ANSWERS = 0.6  # Jaccard similarity of the answers' words: one long text may be asked about twice
+
+
+_CACHED_WORDS = 500_000
+_MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xFF51AFD7ED558CCD], np.uint64)  # odd, so that no bit is lost
+
+
+class Text(NamedTuple):
+    """What is compared of a row, folded: `Text.of` makes it."""
+
+    prompt: str
+    answers: str
+    kind: str  # rows of different kinds are no copies of each other
+
+    @classmethod
+    def of(cls, prompt: str, answers: str, kind: str = "") -> Text:
+        return cls(normalize(prompt, "compare"), normalize(answers, "compare"), kind)
+
+    def key(self) -> int:
+        """Equal for equal rows; 64 bits."""
+        return _hash("\0".join(self))
 
 
 class Copy(NamedTuple):
@@ -38,48 +59,50 @@ class Duplicates:
     """
 
     def __init__(self) -> None:
-        self.files = array("H")
+        self._files = array("H")
         self._keys = array("Q")  # hash of the whole row
-        self._prompts = array("Q")  # hash of the prompt
-        self._signatures: list[np.ndarray] = []  # [rows, _PERMUTATIONS] a batch
-        self._has_signature: list[np.ndarray] = []
+        self._prompts = array("Q")
+        self._kinds = array("Q")
+        self._signatures: list[np.ndarray] = []  # uint32 [rows, _PERMUTATIONS] a batch, zeros where there is too little text
+        self._answers: list[np.ndarray] = []  # bool, packed: [rows, _ANSWER_BITS / 8] a batch, the words by hash
         self._words: dict[str, int] = {}
         self._templates: set[int] = set()
         self._minhash = MinHash(num_perm=_PERMUTATIONS, hashfunc=int)
 
-    def add(self, file: int, prompts: Sequence[str], wholes: Sequence[str]) -> None:
-        """Rows of a file: the prompt of each, and all of its text."""
-        folded = [normalize(text, "compare") for text in wholes]
-        self.files.extend([file] * len(wholes))
-        self._keys.extend(map(_hash, folded))
-        self._prompts.extend(_hash(normalize(text, "compare")) for text in prompts)
-        trigrams = [self._trigrams(text) for text in folded]
+    def add(self, file: int, rows: Sequence[Text]) -> None:
+        """Rows of a file."""
+        self._files.extend([file] * len(rows))
+        self._keys.extend(map(Text.key, rows))
+        self._prompts.extend(_hash(row.prompt) for row in rows)
+        self._kinds.extend(_hash(row.kind) for row in rows)
+        answers = np.zeros((len(rows), _ANSWER_BITS), bool)
+        trigrams = []
+        for number, row in enumerate(rows):
+            said = self._ids(row.answers)
+            answers[number, said % np.uint64(_ANSWER_BITS)] = True
+            trigrams.append(_trigrams(np.concatenate([self._ids(row.prompt), said])))
         self._learn_templates(trigrams)
-        signatures = np.zeros((len(wholes), _PERMUTATIONS), np.uint32)
-        has = np.zeros(len(wholes), bool)
+        signatures = np.zeros((len(rows), _PERMUTATIONS), np.uint32)
         for number, grams in enumerate(trigrams):
-            own = [gram for gram in grams if gram not in self._templates] if self._templates else list(grams)
+            own = grams - self._templates
             if len(own) >= _FEWEST_TRIGRAMS:
                 self._minhash.clear()
                 self._minhash.update_batch(own)
-                signatures[number], has[number] = self._minhash.hashvalues, True
+                signatures[number] = self._minhash.hashvalues
         self._signatures.append(signatures)
-        self._has_signature.append(has)
+        self._answers.append(np.packbits(answers, axis=1))
 
-    def _trigrams(self, text: str) -> set[int]:
-        """32-bit hashes of the text's word trigrams."""
+    def _ids(self, text: str) -> np.ndarray:
+        """64-bit hashes of the words."""
         known = self._words
         words = text.split()
         for word in words:
             if word not in known:
-                if len(known) > 1_000_000:
-                    known.clear()
                 known[word] = _hash(word)
         ids = np.array([known[word] for word in words], np.uint64)
-        if len(ids) < 3:
-            return set()
-        mixed = (ids[:-2] * np.uint64(0x9E3779B97F4A7C15)) ^ (ids[1:-1] * np.uint64(0xC2B2AE3D27D4EB4F)) ^ ids[2:]
-        return set(((mixed * np.uint64(0xFF51AFD7ED558CCD)) >> np.uint64(32)).tolist())
+        if len(known) > _CACHED_WORDS:
+            known.clear()
+        return ids
 
     def _learn_templates(self, rows: list[set[int]]) -> None:
         counts: Counter[int] = Counter()
@@ -97,7 +120,7 @@ class Duplicates:
         return self._find(True)
 
     def _find(self, across: bool) -> list[Copy]:
-        files = np.array(self.files)
+        files = np.array(self._files)
         found: dict[int, Copy] = {}
 
         def keep(pairs: Iterator[tuple[int, int]], similarity: float) -> None:
@@ -114,16 +137,33 @@ class Duplicates:
     def _similar(self, files: np.ndarray, across: bool) -> Iterator[Copy]:
         if not self._signatures:
             return
-        signatures = np.concatenate(self._signatures)
-        rows = np.flatnonzero(np.concatenate(self._has_signature))
+        signatures, answers = np.concatenate(self._signatures), np.concatenate(self._answers)
+        rows = np.flatnonzero(signatures.any(axis=1))
         for band in np.split(signatures[rows], _BANDS, axis=1):
             values = np.ascontiguousarray(band).view(np.uint64)  # 4 values of 32 bits are 2 of 64
-            keys = values[:, 0] * np.uint64(0x9E3779B97F4A7C15) ^ values[:, 1]
-            for row, original in _equal(keys, files[rows], across):
-                row, original = int(rows[row]), int(rows[original])
+            keys = values[:, 0] * _MIX[0] ^ values[:, 1]
+            for i, j in _equal(keys, files[rows], across):
+                row, original = int(rows[i]), int(rows[j])
                 similarity = float((signatures[row] == signatures[original]).mean())
-                if similarity >= SIMILAR:
+                if (
+                    similarity >= SIMILAR
+                    and self._kinds[row] == self._kinds[original]
+                    and _jaccard(answers[row], answers[original]) >= _SIMILAR_ANSWERS
+                ):
                     yield Copy(row, original, similarity)
+
+
+def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two packed sets of bits."""
+    return float(np.unpackbits(a & b).sum() / max(1, np.unpackbits(a | b).sum()))
+
+
+def _trigrams(ids: np.ndarray) -> set[int]:
+    """32-bit hashes of three words in a row."""
+    if len(ids) < 3:
+        return set()
+    mixed = (ids[:-2] * _MIX[0]) ^ (ids[1:-1] * _MIX[1]) ^ ids[2:]
+    return set(((mixed * _MIX[2]) >> np.uint64(32)).tolist())
 
 
 def _equal(keys: np.ndarray, files: np.ndarray, across: bool) -> Iterator[tuple[int, int]]:

@@ -62,6 +62,7 @@ HTML = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+_TRANSLATES = re.compile("ترجم|translat", re.IGNORECASE)
 _ABOUT_HTML = re.compile(r"html|xml|css|svg|javascript|markup|\bweb|\btags?\b|ويب|وسم|وسوم", re.IGNORECASE)
 
 
@@ -87,14 +88,16 @@ def text_findings(text: str, speaker: str) -> Iterator[Found]:
 
 
 def html_finding(texts: list[str]) -> Found | None:
-    """HTML in the texts of one row, unless they are about it."""
-    for text in texts:
-        if "<" not in text and "&" not in text:
-            continue
-        prose, _ = hide_spans(text)
-        if (match := HTML.search(prose)) and not any(_ABOUT_HTML.search(other) for other in texts):
-            return Found("html", f"{match[0][:20]} in the text", around(prose, *match.span()))
-    return None
+    """HTML in the texts of one row, unless they are about it, or a translation keeps it as it is."""
+    hidden = [hide_spans(text)[0] for text in texts if "<" in text or "&" in text]
+    found = [(prose, match) for prose in hidden if (match := HTML.search(prose))]
+    if not found or any(_ABOUT_HTML.search(text) for text in texts):
+        return None
+    kept = [sorted(match[0] for match in HTML.finditer(prose)) for prose in hidden]
+    if len(found) == len(texts) > 1 and all(tags == kept[0] for tags in kept) and _TRANSLATES.search(texts[0]):
+        return None
+    prose, match = found[0]
+    return Found("html", f"{match[0][:20]} in the text", around(prose, *match.span()))
 
 
 _FENCE = re.compile(r"^[ \t>*-]*(`{3,}|~{3,})[ \t]*([^`\n]*)$", re.MULTILINE)
