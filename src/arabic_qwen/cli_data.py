@@ -38,7 +38,7 @@ def stats(
     rows = _progress(read_texts(files, method), "Reading", expected_rows(files))
     statistics = measure(rows)
     if html:
-        report.write_statistics_html(statistics, html, files)
+        report.write_statistics_html(statistics, files, html)
     if as_json:
         print(json.dumps(statistics.as_dict(), ensure_ascii=False, indent=2))
     else:

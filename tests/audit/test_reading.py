@@ -27,6 +27,11 @@ def test_rows_that_cannot_be_trained_on_are_counted_apart(file):
     assert statistics.as_dict()["bad_rows"] == 2
 
 
+def test_the_method_says_how_rows_are_read():
+    kinds = {method: type(next(read_texts(["sample:dpo"], method))) for method in ("", "dpo", "sft", "kto")}
+    assert kinds == {"": RowTexts, "dpo": RowTexts, "sft": BadRow, "kto": BadRow}
+
+
 def test_several_sources_count_as_one():
     assert measure(read_texts(["sample:sft", "sample:dpo", "sample:kto"])).rows == 240 + 80 + 80
 
@@ -38,7 +43,7 @@ def test_no_usable_row_is_an_error(file):
 
 
 def test_unknown_method():
-    with pytest.raises(ConfigurationError, match="--method ppo: unknown method; choose one of"):
+    with pytest.raises(ConfigurationError, match="--method: there is no 'ppo'; choose one of"):
         next(read_texts(["sample:sft"], "ppo"))
 
 

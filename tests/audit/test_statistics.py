@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arabic_qwen.audit import statistics as statistics_module
+from arabic_qwen.audit.rows import read_row
 from arabic_qwen.audit.statistics import (
     RowTexts,
     Statistics,
@@ -129,27 +130,22 @@ def test_share_of_copies_in_bounded_memory():
 @pytest.mark.parametrize(
     ("values", "method", "expected"),
     [
-        ({"instruction": QUESTION, "response": ANSWER}, "", RowTexts(QUESTION, (ANSWER,))),
-        ({"prompt": QUESTION, "chosen": ANSWER, "rejected": "إربد"}, "", RowTexts(QUESTION, (ANSWER, "إربد"))),
-        ({"prompt": QUESTION, "chosen": ANSWER, "rejected": "إربد"}, "dpo", RowTexts(QUESTION, (ANSWER, "إربد"))),
-        ({"prompt": QUESTION, "completion": ANSWER, "label": False}, "", RowTexts(QUESTION, (ANSWER,))),
-        ({"prompt": QUESTION, "completion": ANSWER, "label": False}, "sft", RowTexts(QUESTION, (ANSWER,))),
+        ({"instruction": QUESTION, "response": ANSWER}, "sft", RowTexts(QUESTION, (ANSWER,))),
+        (
+            {"prompt": QUESTION, "chosen": ANSWER, "rejected": ["إربد", "لا"]},
+            "cpo",
+            RowTexts(QUESTION, (ANSWER, "إربد", "لا")),
+        ),
+        ({"prompt": QUESTION, "completion": ANSWER, "label": False}, "kto", RowTexts(QUESTION, (ANSWER,))),
         (
             {"instruction": QUESTION, "response": ANSWER, "history": [["من؟", "أنا"]], "system": "أجب"},
-            "",
+            "sft",
             RowTexts(QUESTION, (ANSWER,), 2),
         ),
     ],
 )
 def test_texts_of_a_row(values, method, expected):
-    assert row_texts(values, method) == expected
-
-
-def test_rows_of_another_method_are_refused():
-    with pytest.raises(ValueError, match="such rows are for method"):
-        row_texts({"prompt": QUESTION, "chosen": ANSWER, "rejected": "إربد"}, "sft")
-    with pytest.raises(ValueError, match="only CPO"):
-        row_texts({"prompt": QUESTION, "chosen": ANSWER, "rejected": ["إربد", "العقبة"]}, "dpo")
+    assert row_texts(read_row(values, method)) == expected
 
 
 def test_the_classifier_is_loaded_at_the_first_batch(monkeypatch):
