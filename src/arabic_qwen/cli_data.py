@@ -12,6 +12,8 @@ import typer
 
 T = TypeVar("T")
 
+_EXAMPLES_OF_PAGE = 100  # of each code
+
 data = typer.Typer(
     help="Look at training data before a model does: check, fix, stats, tokens, dialects, split.", no_args_is_help=True
 )
@@ -19,6 +21,57 @@ data = typer.Typer(
 Files = Annotated[list[str], typer.Argument(help="Data files, folders or hub ids; sample:sft is one that comes along")]
 Method = Annotated[str, typer.Option(help="Read rows as this training method does; default: as their columns say")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else")]
+
+
+@data.command(epilog="Example: arabic-qwen data check train.jsonl validation.jsonl --html report.html")
+def check(
+    files: Files,
+    method: Method = "",
+    as_json: AsJson = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page for the browser, too")] = None,
+    max_examples: Annotated[int, typer.Option(help="Places shown of each finding", min=0)] = 2,
+) -> None:
+    """Find what is wrong with data; several files are splits of one set. Exit 1 where a row cannot be trained on."""
+    from arabic_qwen.audit import report
+    from arabic_qwen.audit.check import check as examine
+    from arabic_qwen.audit.reading import expected_rows
+
+    if html:
+        report.check_target(html)
+    shown = max(max_examples, _EXAMPLES_OF_PAGE if html else 0)
+    audit = examine(
+        files,
+        method,
+        keep=None if as_json else shown,
+        watch=lambda rows: _progress(rows, "Checking", expected_rows(files)),
+    )
+    if html:
+        report.write_html(audit, html)
+    if as_json:
+        print(json.dumps([finding._asdict() for finding in audit.findings], ensure_ascii=False, indent=2))
+    else:
+        from arabic_qwen.audit.findings_table import findings_table, verdict
+
+        if audit.counts:
+            _print([findings_table(audit, max_examples)])
+        print(verdict(audit))
+    if audit.errors:
+        raise typer.Exit(1)
+
+
+@data.command(epilog="Example: arabic-qwen data fix train.jsonl train.fixed.jsonl")
+def fix(
+    file: Annotated[str, typer.Argument(help="Data file, folder or hub id")],
+    out: Annotated[Path, typer.Argument(help="New file, *.jsonl; what was changed and left out is written beside it")],
+    method: Method = "",
+) -> None:
+    """Repair what is safe to repair, in a new file; rows that stay unusable and exact duplicates are left out."""
+    from arabic_qwen.audit.fix import fix as repair
+    from arabic_qwen.audit.fix import summary
+    from arabic_qwen.audit.reading import expected_rows
+
+    repaired = repair(file, out, method, watch=lambda rows: _progress(rows, "Repairing", expected_rows([file])))
+    print("\n".join(summary(repaired)))
 
 
 @data.command(epilog="Example: arabic-qwen data stats sample:sft")

@@ -56,7 +56,9 @@ def test_arabic_text_is_never_taken_for_mojibake(text):
     assert repair_mojibake(text) == text
 
 
-@given(st.text(alphabet="ابتثجحخدذرزسشصضطظعغفقكلمنهوي ،؟.", min_size=5, max_size=60), st.sampled_from(["cp1252", "cp1256"]))
+@given(
+    st.text(alphabet="ابتثجحخدذرزسشصضطظعغفقكلمنهوي ،؟.", min_size=5, max_size=60), st.sampled_from(["cp1252", "cp1256"])
+)
 def test_what_was_broken_comes_back(text, read):
     broken = as_browsers_read(("العربية " + text).encode(), read)
     assert repair_mojibake(broken) == "العربية " + text

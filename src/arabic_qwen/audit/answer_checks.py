@@ -158,7 +158,9 @@ _LONG = 30  # words; in a shorter answer one other word is another answer
 _SIMILAR = 0.97
 
 
-_ABOUT_SPELLING = re.compile(r"املاء|تشكيل|شكل|همز|صحح|دقق|ترقيم|اخطاء|spell|diacriti|punctuat|correct|proofread", re.IGNORECASE)
+_ABOUT_SPELLING = re.compile(
+    r"املاء|تشكيل|شكل|همز|صحح|دقق|ترقيم|اخطاء|spell|diacriti|punctuat|correct|proofread", re.IGNORECASE
+)
 
 
 def nearly_equal(prompt: str, chosen: str, rejected: list[str]) -> Found | None:

@@ -6,11 +6,12 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from arabic_qwen.audit.answer_checks import answer_findings, asked_dialect, nearly_equal, too_little_arabic
 from arabic_qwen.audit.duplicates import Duplicates
 from arabic_qwen.audit.findings import CODES, Finding, Level
-from arabic_qwen.audit.rows import METHODS, Conversation, method_of, read_row
+from arabic_qwen.audit.rows import Conversation, known_method, method_of, read_row
 from arabic_qwen.audit.statistics import Statistics, row_texts
 from arabic_qwen.audit.text_checks import Found, around, html_finding, text_findings
 from arabic_qwen.config import SFTConfig
@@ -18,7 +19,6 @@ from arabic_qwen.data.bad_rows import BadRow, RowError
 from arabic_qwen.data.layouts import canonical
 from arabic_qwen.data.readers import Row
 from arabic_qwen.data.sources import read_rows
-from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.text.dialects import UNKNOWN, load_classifier
 
 _BATCH = 1000  # rows: what is classified and hashed together
@@ -58,8 +58,7 @@ def check(
         ConfigurationError: no such method.
         DatasetError: a file does not exist or cannot be read.
     """
-    if method and method not in METHODS:
-        raise ConfigurationError(f"--method: there is no {method!r}; choose one of {', '.join(METHODS)}")
+    known_method(method)
     doctor = _Doctor(Audit(list(files)), method, keep)
     rows = iter(watch(_read(files)))
     while batch := list(itertools.islice(rows, _BATCH)):
@@ -76,6 +75,11 @@ def place_of(where: str) -> tuple[str, int]:
     """(file, line) of a row's place: "a.jsonl:3" or "a.parquet:row 3"."""
     file, _, line = where.rpartition(":")
     return file, int(line.removeprefix("row "))
+
+
+def _place(where: str, seen_from: str) -> str:
+    file, line = place_of(where)
+    return f"line {line}" if file == place_of(seen_from)[0] else f"{Path(file).name}:{line}"
 
 
 class _Doctor:
@@ -131,9 +135,7 @@ class _Doctor:
         asked = [
             (where, dialect, row.answer)
             for _, where, row in rows
-            if row.learned
-            and (dialect := asked_dialect(row.question))
-            and len(row.answer.split()) >= _FEWEST_WORDS
+            if row.learned and (dialect := asked_dialect(row.question)) and len(row.answer.split()) >= _FEWEST_WORDS
         ]
         for (where, dialect, answer), (found, confidence) in zip(
             asked, load_classifier().predict([answer for *_, answer in asked]) if asked else [], strict=True
@@ -155,7 +157,7 @@ class _Doctor:
                 likeness = {0.0: "has the prompt of", 1.0: "is the same as"}.get(
                     copy.similarity, f"{copy.similarity:.0%} like"
                 )
-                message = f"{likeness} {self._places[copy.original]}"
+                message = f"{likeness} {_place(self._places[copy.original], self._places[copy.row])}"
                 self._add(self._places[copy.row], Found(code, message, self._beginnings[copy.row]))
         self.audit.findings.sort(key=lambda finding: (self._order[finding.file], finding.line))
         return self.audit

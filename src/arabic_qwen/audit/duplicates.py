@@ -63,7 +63,9 @@ class Duplicates:
         self._keys = array("Q")  # hash of the whole row
         self._prompts = array("Q")
         self._kinds = array("Q")
-        self._signatures: list[np.ndarray] = []  # uint32 [rows, _PERMUTATIONS] a batch, zeros where there is too little text
+        self._signatures: list[
+            np.ndarray
+        ] = []  # uint32 [rows, _PERMUTATIONS] a batch, zeros where there is too little text
         self._answers: list[np.ndarray] = []  # bool, packed: [rows, _ANSWER_BITS / 8] a batch, the words by hash
         self._words: dict[str, int] = {}
         self._templates: set[int] = set()

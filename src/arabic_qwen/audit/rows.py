@@ -10,6 +10,7 @@ from arabic_qwen.audit.duplicates import Text
 from arabic_qwen.data.conversations import Message, to_conversation
 from arabic_qwen.data.layouts import recognise
 from arabic_qwen.data.preferences import Preference, to_contrast, to_feedback, to_measured_pair, to_pair
+from arabic_qwen.errors import ConfigurationError
 
 _PREFERENCES: dict[str, Callable[[dict[str, Any]], Preference]] = {
     "dpo": to_pair,
@@ -19,7 +20,7 @@ _PREFERENCES: dict[str, Callable[[dict[str, Any]], Preference]] = {
     "orpo": to_pair,
     "kto": to_feedback,
 }
-METHODS = ("sft", *_PREFERENCES)
+_METHODS = ("sft", *_PREFERENCES)
 
 
 class Conversation(NamedTuple):
@@ -42,6 +43,12 @@ class Conversation(NamedTuple):
         before = "\n".join(message["content"] for message in self.messages[:-1] if message["role"] != "system")
         kind = f"{self.learned} {asked_dialect(self.question)}"
         return Text.of(before, "\n".join([self.answer, *self.rejected]), kind)
+
+
+def known_method(method: str) -> None:
+    """Raise ConfigurationError where there is no such method; "" is fine."""
+    if method and method not in _METHODS:
+        raise ConfigurationError(f"--method {method}: unknown method; choose one of {', '.join(_METHODS)}")
 
 
 def method_of(values: dict[str, Any]) -> str:

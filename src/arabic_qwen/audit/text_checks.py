@@ -11,6 +11,7 @@ from arabic_qwen.text.rules import INVISIBLE, MARKS, PRESENTATION, TATWEEL
 from arabic_qwen.text.spans import PLACEHOLDER, hide_spans
 
 _EXAMPLE = 70  # characters
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # a terminal would obey them
 
 
 class Found(NamedTuple):
@@ -26,7 +27,7 @@ def around(text: str, start: int, end: int) -> str:
     """One line of the text around a place, cut with … ; code that was hidden is … too."""
     room = max(0, _EXAMPLE - (end - start)) // 2
     first, last = max(0, start - room), min(len(text), end + room, max(0, start - room) + 2 * _EXAMPLE)
-    cut = " ".join(text[first:last].replace(PLACEHOLDER, "…").split())
+    cut = " ".join(_CONTROL.sub(" ", text[first:last].replace(PLACEHOLDER, "…")).split())
     return ("… " if first else "") + cut + (" …" if last < len(text) else "")
 
 

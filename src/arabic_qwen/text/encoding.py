@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+#: A text with a greater `mojibake_share` cannot be trained on.
+MOSTLY = 0.5
+
 _LETTER = re.compile("[\u0620-\u064a]")
 _VISIBLE = re.compile(r"\S")
 
