@@ -2,8 +2,142 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, TypeVar
+
 import typer
+
+T = TypeVar("T")
+
+_EXAMPLES_OF_PAGE = 100  # of each code
 
 data = typer.Typer(
     help="Look at training data before a model does: check, fix, stats, tokens, dialects, split.", no_args_is_help=True
 )
+
+Files = Annotated[list[str], typer.Argument(help="Data files, folders or hub ids; sample:sft is one that comes along")]
+Method = Annotated[str, typer.Option(help="Read rows as this training method does; default: as their columns say")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else")]
+
+
+@data.command(epilog="Example: arabic-qwen data check train.jsonl validation.jsonl --html report.html")
+def check(
+    files: Files,
+    method: Method = "",
+    as_json: AsJson = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page for the browser, too")] = None,
+    max_examples: Annotated[int, typer.Option(help="Places shown of each finding", min=0)] = 2,
+) -> None:
+    """Find what is wrong with data; several files are splits of one set. Exit 1 where a row cannot be trained on."""
+    from arabic_qwen.audit import report
+    from arabic_qwen.audit.check import check as examine
+    from arabic_qwen.audit.reading import expected_rows
+
+    if html:
+        report.check_target(html)
+    shown = max(max_examples, _EXAMPLES_OF_PAGE if html else 0)
+    audit = examine(
+        files,
+        method,
+        keep=None if as_json else shown,
+        watch=lambda rows: _progress(rows, "Checking", expected_rows(files)),
+    )
+    if html:
+        report.write_html(audit, html)
+    if as_json:
+        print(json.dumps([finding._asdict() for finding in audit.findings], ensure_ascii=False, indent=2))
+    else:
+        from arabic_qwen.audit.findings_table import findings_table, verdict
+
+        if audit.counts:
+            _print([findings_table(audit, max_examples)])
+        print(verdict(audit))
+    if audit.errors:
+        raise typer.Exit(1)
+
+
+@data.command(epilog="Example: arabic-qwen data fix train.jsonl train.fixed.jsonl")
+def fix(
+    file: Annotated[str, typer.Argument(help="Data file, folder or hub id")],
+    out: Annotated[Path, typer.Argument(help="New file, *.jsonl; what was changed and left out is written beside it")],
+    method: Method = "",
+) -> None:
+    """Repair what is safe to repair, in a new file; rows that stay unusable and exact duplicates are left out."""
+    from arabic_qwen.audit.fix import fix as repair
+    from arabic_qwen.audit.fix import summary
+    from arabic_qwen.audit.reading import expected_rows
+
+    repaired = repair(file, out, method, watch=lambda rows: _progress(rows, "Repairing", expected_rows([file])))
+    print("\n".join(summary(repaired)))
+
+
+@data.command(epilog="Example: arabic-qwen data stats sample:sft")
+def stats(
+    files: Files,
+    method: Method = "",
+    html: Annotated[Path | None, typer.Option(help="Write them as a page for the browser, too")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what data consists of: lengths, scripts, dialects, diacritics, duplicates."""
+    from arabic_qwen.audit import report
+    from arabic_qwen.audit.reading import expected_rows, measure, read_texts
+    from arabic_qwen.audit.tables import statistics_tables
+
+    if html:
+        report.check_target(html)
+    rows = _progress(read_texts(files, method), "Reading", expected_rows(files))
+    statistics = measure(rows)
+    if html:
+        report.write_statistics_html(statistics, files, html)
+    if as_json:
+        print(json.dumps(statistics.as_dict(), ensure_ascii=False, indent=2))
+    else:
+        _print(statistics_tables(statistics))
+
+
+@data.command(epilog="Example: arabic-qwen data tokens sample:sft --tokenizer Qwen/Qwen3-8B --tokenizer my-model")
+def tokens(
+    files: Files,
+    tokenizer: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder or hub id; may be given several times. Default: the embedded model's"),
+    ] = None,
+    method: Method = "",
+    sample: Annotated[int, typer.Option(help="Rows at most: a seeded choice where there are more", min=1)] = 20_000,
+    as_json: AsJson = False,
+) -> None:
+    """Say what the texts cost in tokens, by dialect and diacritics, and what normalising would save."""
+    from arabic_qwen.audit.reading import expected_rows, read_texts, sample_rows
+    from arabic_qwen.audit.tables import tokens_tables
+    from arabic_qwen.audit.tokens import load_any_tokenizer, token_cost
+    from arabic_qwen.models.sources import EMBEDDED_MODEL
+
+    tokenizers = {name: load_any_tokenizer(name) for name in tokenizer or [EMBEDDED_MODEL]}
+    rows = sample_rows(_progress(read_texts(files, method), "Reading", expected_rows(files)), sample)
+    costs = token_cost([text for row in rows.chosen for text in (row.prompt, *row.answers)], tokenizers)
+    if as_json:
+        counts = {"rows": rows.rows, "bad_rows": rows.bad_rows, "sampled_rows": len(rows.chosen)}
+        by_tokenizer = {name: cost.as_dict() for name, cost in costs.items()}
+        print(json.dumps({**counts, "tokenizers": by_tokenizer}, ensure_ascii=False, indent=2))
+    else:
+        _print(tokens_tables(costs, rows))
+
+
+def _progress(items: Iterable[T], what: str, total: float | None) -> Iterator[T]:
+    """The items, with a progress bar on a terminal's stderr."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    yield from track(items, what, total, console=console, transient=True, disable=not sys.stderr.isatty())
+
+
+def _print(tables: Iterable[object]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for table in tables:
+        console.print(table)

@@ -11,13 +11,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import datasets
 from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.config.data import DataSource, data_sources
 from arabic_qwen.data.bad_rows import BadRow
+from arabic_qwen.data.layouts import are_messages
 from arabic_qwen.data.readers import FORMATS, Row, Rows, is_data_file, is_table, read_file
 from arabic_qwen.errors import DatasetError
 
@@ -117,21 +117,10 @@ def _parse_cells(values: dict[str, Any]) -> dict[str, Any]:
         except ValueError:
             continue
         several = name == "rejected" and isinstance(value, list) and all(isinstance(item, str) for item in value)
-        if name in _TEXTS_OR_MESSAGES and not (_are_messages(value) or several):
+        if name in _TEXTS_OR_MESSAGES and not (are_messages(value) or several):
             continue  # text that happens to be JSON
         parsed[name] = value
     return parsed
-
-
-def _are_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(item, dict) and ({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys())
-            for item in value
-        )
-    )
 
 
 def _find(source: DataSource, stream: bool) -> Iterator[tuple[str, Rows]]:
@@ -169,6 +158,8 @@ def _read_folder(folder: Path, source: DataSource) -> Iterator[tuple[str, Rows]]
             raise DatasetError(f"{folder}: holds no data files; they are named {FORMATS}")
         yield from ((name, read_file(folder / name)) for name in names)
         return
+    import datasets  # takes seconds, which those who read plain files need not wait
+
     try:
         table = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever is wrong inside
@@ -183,6 +174,8 @@ def _read_folder(folder: Path, source: DataSource) -> Iterator[tuple[str, Rows]]
 
 
 def _load_from_hub(source: DataSource, stream: bool) -> Iterable[dict[str, Any]]:
+    import datasets
+
     name = source.path
     try:
         if not is_offline_mode():  # `datasets` would try for half a minute

@@ -40,7 +40,7 @@ def script_shares(text: str) -> dict[str, float]:
     prose, _ = hide_spans(text)
     counts: Counter[str] = Counter()
     for char, count in Counter(prose.replace(PLACEHOLDER, "")).items():
-        if script := _script(char):
+        if script := letter_script(char):
             counts[script] += count
     return {script: count / counts.total() for script, count in counts.most_common()}
 
@@ -52,7 +52,7 @@ def arabic_share(text: str) -> float | None:
 
 
 @lru_cache(maxsize=100_000)
-def _script(char: str) -> str | None:
+def letter_script(char: str) -> str | None:
     """The script of a letter, None for anything else."""
     if not _LETTER.match(char) or _SHARED.match(char):
         return None
