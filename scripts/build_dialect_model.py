@@ -24,6 +24,7 @@ MODEL = ROOT / "src" / "arabic_qwen" / "assets" / "dialects.safetensors"
 SENTENCES = ROOT / "scripts" / "dialect_sentences"
 PROSE = {"msa": "MSA", "egyptian": "EGY", "levantine": "LEV", "gulf": "GLF", "maghrebi": "MAG"}
 MEDIAWIKI = {"ar": "MSA", "arz": "EGY", "apc": "LEV", "ary": "MAG", "arq": "MAG", "aeb-arab": "MAG", "acm": "IRQ"}
+WEIGHTS = {"core": 0.05, "extensions": 0.05}  # many, in one register, and of mixed quality
 
 _MARKUP = re.compile(r"\{\{.*?\}\}|\[\[(?:[^]|]*\|)?([^]]*)\]\]|\[\S+ ([^]]*)\]|<[^>]*>|\$\d|'{2,}|https?://\S+|[#*=|{}\[\]]")
 
@@ -81,9 +82,7 @@ def mediawiki(folder: Path, standard_words: set[str]) -> list[Text]:
 
 
 def train(texts: list[Text]) -> DialectClassifier:
-    """A source counts the more the more texts it has of a dialect, but less than in proportion."""
-    size = Counter((text.dialect, text.source) for text in texts)
-    weight = [size[text.dialect, text.source] ** -0.5 for text in texts]
+    weight = [WEIGHTS.get(text.source, 1.0) for text in texts]
     return fit([t.text for t in texts], [t.dialect for t in texts], [t.group for t in texts], weight)
 
 

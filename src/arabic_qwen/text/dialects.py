@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,8 @@ UNKNOWN = "unknown"
 #: Of the texts that get a dialect, this share is meant to get the right one.
 PRECISION = 0.9
 
-_NGRAMS = (1, 5)  # characters, the spaces around a word included
+_NGRAMS = (3, 5)  # characters, the spaces around a word included
+_WHOLE = 3  # a whole word counts as much as so many n-grams
 _BUCKETS = 2**17  # that n-grams are hashed into
 _WORDS = (3, 200)  # Arabic words of a text: with fewer it is unknown, more are not looked at
 _FOLDS = 5
@@ -51,7 +52,7 @@ def _words(text: str) -> list[str]:
 
 
 class DialectClassifier:
-    """Logistic regression on the mean n-grams of a text's words, so that a word's share of the score is found once.
+    """Linear scores of a text's words, summed; as they are sums, each word is scored once and remembered.
 
     Args:
         labels: the dialects it knows.
@@ -191,12 +192,12 @@ def _ngrams(words: Sequence[str]):
     """Sparse [words, buckets], rows of length one."""
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    return HashingVectorizer(analyzer=partial(_word_ngrams), n_features=_BUCKETS, alternate_sign=False).transform(words)
+    return HashingVectorizer(analyzer=_word_ngrams, n_features=_BUCKETS, alternate_sign=False).transform(words)
 
 
 def _word_ngrams(word: str) -> list[str]:
     padded = f" {word} "
-    return [padded] + [
+    return [padded] * _WHOLE + [
         padded[start : start + size]
         for size in range(_NGRAMS[0], _NGRAMS[1] + 1)
         for start in range(len(padded) - size + 1)
@@ -212,9 +213,7 @@ def _regression(features, target: np.ndarray, weight: np.ndarray) -> tuple[np.nd
     from sklearn.linear_model import LogisticRegression
 
     models = [
-        LogisticRegression(C=10, solver="liblinear", dual=True, tol=1e-3, random_state=0).fit(
-            features, target == label, weight
-        )
+        LogisticRegression(C=3, solver="liblinear", tol=1e-3).fit(features, target == label, weight)
         for label in np.unique(target)
     ]
     bias = np.array([model.intercept_[0] for model in models], dtype=np.float32)
