@@ -166,19 +166,12 @@ def _trigrams(ids: np.ndarray) -> np.ndarray:
 
 def _equal(keys: np.ndarray, files: np.ndarray, across: bool) -> Iterator[tuple[int, int]]:
     """(row, first row with its key): of its own file, or of an earlier one."""
-    order = np.lexsort((np.arange(len(keys)), keys))
-    starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order][:1] ^ np.uint64(1))) if len(keys) else []
-    for start, end in zip(starts, [*starts[1:], len(keys)], strict=True):
-        if end - start == 1:
-            continue
-        firsts: dict[int, int] = {}
-        for row in map(int, order[start:end]):
-            first = firsts.setdefault(int(files[row]), row)
-            earliest = min(firsts.values())
-            if across and files[earliest] != files[row]:
-                yield row, earliest
-            elif not across and first != row:
-                yield row, first
+    _, groups, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+    firsts: dict[tuple[int, int], int] = {}
+    for row in np.flatnonzero(sizes[groups] > 1).tolist():
+        first = firsts.setdefault((groups[row], -1 if across else files[row]), row)
+        if (files[first] != files[row]) if across else (first != row):
+            yield row, first
 
 
 def _hash(text: str) -> int:
