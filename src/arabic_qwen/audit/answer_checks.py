@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from difflib import SequenceMatcher
+from functools import lru_cache
 
 from arabic_qwen.audit.text_checks import Found, around
 from arabic_qwen.text.normalization import normalize
@@ -15,6 +16,7 @@ from arabic_qwen.text.spans import hide_spans
 #: Of a row's letters, at least; of a row with at least `_FEW_LETTERS`.
 MIN_ARABIC = 0.1
 _FEW_LETTERS = 20
+_OTHER_LETTER = re.compile("[A-Za-z\u00aa\u00b5\u00ba-\u05ff\u0700-\u074f\u0780-\u086f\u0900-\ud7ff\uf900-\ufb4f]")
 
 # Folded spellings, since prompts are folded before they are searched.
 _OTHER_LANGUAGE = re.compile(
@@ -57,13 +59,17 @@ def answer_findings(prompt: str, answer: str, context: str) -> Iterator[Found]:
     yield from _leak(asked, prompt, answer)
 
 
+@lru_cache(maxsize=4000)  # prompt and answer are needed several times while a batch of rows is checked
 def fold(text: str) -> str:
+    """The text in the spelling of profile `compare`."""
     return normalize(text, "compare")
 
 
 def _script(asked: str, prompt: str, answer: str) -> Iterator[Found]:
     """`asked` is folded text."""
     if _OTHER_LANGUAGE.search(asked):
+        return
+    if not _OTHER_LETTER.search(answer):
         return
     shares = script_shares(answer)
     arabic = shares.get("Arabic", 0.0)
@@ -97,6 +103,8 @@ def _script(asked: str, prompt: str, answer: str) -> Iterator[Found]:
 
 def too_little_arabic(texts: list[str]) -> Found | None:
     """Less than MIN_ARABIC of the row's letters."""
+    if not any(map(_OTHER_LETTER.search, texts)):
+        return None
     letters = [(len(text), script_shares(text)) for text in texts]
     total = sum(length for length, shares in letters if shares)
     if total < _FEW_LETTERS:
@@ -127,7 +135,7 @@ _ABOUT_ITSELF = re.compile(
 
 
 def _refusal(asked: str, answer: str) -> Iterator[Found]:
-    match = _REFUSAL.search(fold(answer[: 2 * _BEGINNING])[:_BEGINNING])
+    match = _REFUSAL.search(fold(answer)[:_BEGINNING])
     if match and not _ABOUT_ITSELF.search(asked) and not _TRANSLATES.search(asked):
         yield Found("refusal", "the answer refuses in a model's stock words", around(answer, 0, 60))
 
@@ -145,8 +153,8 @@ _SHORT_PROMPT = 25  # letters: a short question may well come back as a heading 
 def _leak(asked: str, prompt: str, answer: str) -> Iterator[Found]:
     question = fold(prompt)
     if len(question) >= _SHORT_PROMPT:
-        beginning = fold(answer[: 2 * len(prompt) + 20])
-        if beginning.startswith(question) and len(beginning) > len(question) + 10:
+        said = fold(answer)
+        if said.startswith(question) and len(said) > len(question) + 10:
             yield Found("prompt_leak", "the answer begins with the prompt", around(answer, 0, 60))
             return
     if ":" in answer and (match := _TURN.search(answer)) and not _DIALOGUE.search(asked):
@@ -206,9 +214,10 @@ _NAMED = {
 _MEANING = re.compile(r"معني|تعني|يعني|مرادف|كلمه|لماذا|\bmean", re.IGNORECASE)
 
 
+@lru_cache(maxsize=4000)
 def asked_dialect(prompt: str) -> str | None:
     """The one dialect that the prompt asks the answer to be in: "إلى العربية المصرية", "بالدارجة", "in Gulf Arabic"."""
-    asked = fold(prompt[:300])
+    asked = fold(prompt)[:300]
     if _MEANING.search(asked):
         return None
     named = [dialect for dialect, pattern in _NAMED.items() if pattern.search(asked)]

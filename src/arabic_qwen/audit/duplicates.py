@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from datasketch import MinHash
 
-from arabic_qwen.text.normalization import normalize
+from arabic_qwen.audit.answer_checks import fold
 
 #: Rows whose word trigrams have at least this Jaccard similarity, as their MinHash signatures estimate it.
 SIMILAR = 0.8
@@ -37,7 +36,7 @@ class Text(NamedTuple):
 
     @classmethod
     def of(cls, prompt: str, answers: str, kind: str = "") -> Text:
-        return cls(normalize(prompt, "compare"), normalize(answers, "compare"), kind)
+        return cls(fold(prompt), fold(answers), kind)
 
     def key(self) -> int:
         """Equal for equal rows; 64 bits."""
@@ -68,7 +67,7 @@ class Duplicates:
         ] = []  # uint32 [rows, _PERMUTATIONS] a batch, zeros where there is too little text
         self._answers: list[np.ndarray] = []  # bool, packed: [rows, _ANSWER_BITS / 8] a batch, the words by hash
         self._words: dict[str, int] = {}
-        self._templates: set[int] = set()
+        self._templates = np.zeros(0, np.uint64)
         self._minhash = MinHash(num_perm=_PERMUTATIONS, hashfunc=int)
 
     def add(self, file: int, rows: Sequence[Text]) -> None:
@@ -86,10 +85,10 @@ class Duplicates:
         self._learn_templates(trigrams)
         signatures = np.zeros((len(rows), _PERMUTATIONS), np.uint32)
         for number, grams in enumerate(trigrams):
-            own = grams - self._templates
+            own = grams[~np.isin(grams, self._templates)] if len(self._templates) else grams
             if len(own) >= _FEWEST_TRIGRAMS:
                 self._minhash.clear()
-                self._minhash.update_batch(own)
+                self._minhash.update_batch(own.tolist())
                 signatures[number] = self._minhash.hashvalues
         self._signatures.append(signatures)
         self._answers.append(np.packbits(answers, axis=1))
@@ -106,12 +105,11 @@ class Duplicates:
             known.clear()
         return ids
 
-    def _learn_templates(self, rows: list[set[int]]) -> None:
-        counts: Counter[int] = Counter()
-        for grams in set(map(frozenset, rows)):  # exact copies are no template
-            counts.update(grams)
-        enough = max(_TEMPLATE_ROWS, _TEMPLATE_SHARE * len(rows))
-        self._templates.update(gram for gram, count in counts.items() if count >= enough)
+    def _learn_templates(self, rows: list[np.ndarray]) -> None:
+        distinct = {grams.tobytes(): grams for grams in rows}  # exact copies are no template
+        grams, counts = np.unique(np.concatenate([*distinct.values(), self._templates[:0]]), return_counts=True)
+        common = grams[counts >= max(_TEMPLATE_ROWS, _TEMPLATE_SHARE * len(rows))]
+        self._templates = np.union1d(self._templates, common)
 
     def inside(self) -> list[Copy]:
         """Copies of rows of the same file, equal ones first; each row once, with the earliest row that it is like."""
@@ -160,29 +158,20 @@ def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.unpackbits(a & b).sum() / max(1, np.unpackbits(a | b).sum()))
 
 
-def _trigrams(ids: np.ndarray) -> set[int]:
-    """32-bit hashes of three words in a row."""
-    if len(ids) < 3:
-        return set()
+def _trigrams(ids: np.ndarray) -> np.ndarray:
+    """Distinct 32-bit hashes of three words in a row, in order."""
     mixed = (ids[:-2] * _MIX[0]) ^ (ids[1:-1] * _MIX[1]) ^ ids[2:]
-    return set(((mixed * _MIX[2]) >> np.uint64(32)).tolist())
+    return np.unique((mixed * _MIX[2]) >> np.uint64(32))
 
 
 def _equal(keys: np.ndarray, files: np.ndarray, across: bool) -> Iterator[tuple[int, int]]:
     """(row, first row with its key): of its own file, or of an earlier one."""
-    order = np.lexsort((np.arange(len(keys)), keys))
-    starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order][:1] ^ np.uint64(1))) if len(keys) else []
-    for start, end in zip(starts, [*starts[1:], len(keys)], strict=True):
-        if end - start == 1:
-            continue
-        firsts: dict[int, int] = {}
-        for row in map(int, order[start:end]):
-            first = firsts.setdefault(int(files[row]), row)
-            earliest = min(firsts.values())
-            if across and files[earliest] != files[row]:
-                yield row, earliest
-            elif not across and first != row:
-                yield row, first
+    _, groups, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+    firsts: dict[tuple[int, int], int] = {}
+    for row in np.flatnonzero(sizes[groups] > 1).tolist():
+        first = firsts.setdefault((groups[row], -1 if across else files[row]), row)
+        if (files[first] != files[row]) if across else (first != row):
+            yield row, first
 
 
 def _hash(text: str) -> int:

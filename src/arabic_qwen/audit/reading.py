@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from arabic_qwen.audit.rows import METHODS, method_of, read_row
+from arabic_qwen.audit.rows import known_method, method_of, read_row
 from arabic_qwen.audit.statistics import RowTexts, Statistics, row_texts
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.bad_rows import BadRow, RowError
 from arabic_qwen.data.sources import read_rows
-from arabic_qwen.errors import ConfigurationError, DatasetError
+from arabic_qwen.errors import DatasetError
 
 _CHUNK = 1000  # rows counted at a time
 _HEAD = 1 << 20  # bytes
@@ -35,8 +35,7 @@ def read_texts(files: Sequence[str], method: str = "") -> Iterator[RowTexts | Ba
         DatasetError: a file does not exist or cannot be read.
         ConfigurationError: there is no such method.
     """
-    if method and method not in METHODS:
-        raise ConfigurationError(f"--method: there is no {method!r}; choose one of {', '.join(METHODS)}")
+    known_method(method)
     for row in read_rows(SFTConfig(), list(files)):
         if isinstance(row, BadRow):
             yield row

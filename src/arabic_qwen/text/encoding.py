@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 #: A text with a greater `mojibake_share` cannot be trained on.
 MOSTLY = 0.5
@@ -71,7 +72,9 @@ class _Cp1256AsCp1252:
         return bytes(map(_CP1252.__getitem__, run)).decode("cp1256")
 
 
-_MISTAKES = (_Utf8As(_CP1252), _Utf8As(_CP1256), _Cp1256AsCp1252())
+_UTF8_AS_CP1256 = _Utf8As(_CP1256)
+_MISTAKES = [_Utf8As(_CP1252), _UTF8_AS_CP1256, _Cp1256AsCp1252()]
+_WESTERN = re.compile("[À-ÿ]")  # the two others need such letters
 
 
 def repair_mojibake(text: str) -> str:
@@ -79,17 +82,16 @@ def repair_mojibake(text: str) -> str:
     return _repair(text)[0]
 
 
+@lru_cache(maxsize=1000)  # a row is read, and then checked
 def mojibake_share(text: str) -> float:
     """The share of wrongly decoded characters in the text's visible ones."""
-    if text.isascii():
-        return 0.0
     changed = _repair(text)[1]
     return min(1.0, changed / len(_VISIBLE.findall(text))) if changed else 0.0
 
 
 def _repair(text: str) -> tuple[str, int]:
     """The repaired text, and how many of its characters were wrong."""
-    for mistake in _MISTAKES:
+    for mistake in _MISTAKES if _WESTERN.search(text) else [_UTF8_AS_CP1256]:
         if not mistake.found(text):
             continue
         wrong = 0
