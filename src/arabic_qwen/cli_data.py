@@ -23,6 +23,24 @@ Method = Annotated[str, typer.Option(help="Read rows as this training method doe
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else")]
 
 
+@data.command(epilog="Example: arabic-qwen data layouts")
+def layouts(as_json: AsJson = False) -> None:
+    """List the columns that rows may have, for which methods, with an example row and public sets that use them."""
+    from arabic_qwen.data.layouts import LAYOUTS
+    from arabic_qwen.terminal import isolated
+
+    if as_json:
+        print(json.dumps([layout._asdict() for layout in LAYOUTS], ensure_ascii=False, indent=2))
+        return
+    for layout in LAYOUTS:
+        print(f"{' + '.join(layout.columns)}  (also {', '.join(layout.optional)})")
+        print(f"  methods  {', '.join(layout.methods)}")
+        if layout.sets:
+            print(f"  sets     {', '.join(layout.sets)}")
+        print(f"  example  {isolated(json.dumps(layout.example, ensure_ascii=False), 11)}\n")
+    print("Columns after `also` may be left out; others are ignored. For columns of other names set column_map.")
+
+
 @data.command(epilog="Example: arabic-qwen data check train.jsonl validation.jsonl --html report.html")
 def check(
     files: Files,
@@ -46,7 +64,7 @@ def check(
         watch=lambda rows: _progress(rows, "Checking", expected_rows(files)),
     )
     if html:
-        report.write_html(audit, html, files)
+        report.write_html(audit, html)
     if as_json:
         print(json.dumps([finding._asdict() for finding in audit.findings], ensure_ascii=False, indent=2))
     else:
@@ -91,7 +109,7 @@ def stats(
     rows = _progress(read_texts(files, method), "Reading", expected_rows(files))
     statistics = measure(rows)
     if html:
-        report.write_statistics_html(statistics, html, files)
+        report.write_statistics_html(statistics, files, html)
     if as_json:
         print(json.dumps(statistics.as_dict(), ensure_ascii=False, indent=2))
     else:
@@ -115,6 +133,8 @@ def tokens(
     from arabic_qwen.audit.tokens import load_any_tokenizer, token_cost
     from arabic_qwen.models.sources import EMBEDDED_MODEL
 
+    if not tokenizer:
+        print(f"tokenizer: {EMBEDDED_MODEL}, which comes along; name yours with --tokenizer", file=sys.stderr)
     tokenizers = {name: load_any_tokenizer(name) for name in tokenizer or [EMBEDDED_MODEL]}
     rows = sample_rows(_progress(read_texts(files, method), "Reading", expected_rows(files)), sample)
     costs = token_cost([text for row in rows.chosen for text in (row.prompt, *row.answers)], tokenizers)

@@ -12,7 +12,7 @@ from arabic_qwen.audit.answer_checks import answer_findings, asked_dialect, near
 from arabic_qwen.audit.duplicates import Duplicates
 from arabic_qwen.audit.findings import CODES, Finding, Level
 from arabic_qwen.audit.rows import Conversation, known_method, method_of, read_row
-from arabic_qwen.audit.statistics import RowTexts, Statistics
+from arabic_qwen.audit.statistics import Statistics, row_texts
 from arabic_qwen.audit.text_checks import Found, around, html_finding, text_findings
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.bad_rows import BadRow, RowError
@@ -126,7 +126,8 @@ class _Doctor:
             for found in _findings(conversation):
                 self._add(row.where, found)
         self._check_dialects(sound)
-        self.audit.statistics.add([_row_texts(row) for _, _, row in sound])
+        self.audit.statistics.add([row_texts(row) for _, _, row in sound])
+        self.audit.statistics.bad_rows += len(batch) - len(sound)
         for file, group in itertools.groupby(sound, key=lambda item: item[0]):
             self._remember(file, list(group))
 
@@ -164,10 +165,6 @@ class _Doctor:
 
 def _one_line(value: object) -> str:
     return around(str(value), 0, 60)
-
-
-def _row_texts(row: Conversation) -> RowTexts:
-    return RowTexts(row.question, (row.answer, *row.rejected))
 
 
 def _findings(row: Conversation) -> Iterator[Found]:

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from arabic_qwen.audit.rows import known_method, method_of, read_row
 from arabic_qwen.audit.statistics import RowTexts, Statistics, row_texts
-from arabic_qwen.config import METHOD_CONFIGS, SFTConfig
-from arabic_qwen.data.bad_rows import BadRow
+from arabic_qwen.config import SFTConfig
+from arabic_qwen.data.bad_rows import BadRow, RowError
 from arabic_qwen.data.sources import read_rows
-from arabic_qwen.errors import ConfigurationError, DatasetError
+from arabic_qwen.errors import DatasetError
 
 _CHUNK = 1000  # rows counted at a time
 _HEAD = 1 << 20  # bytes
@@ -28,21 +29,20 @@ class Sample:
 
 
 def read_texts(files: Sequence[str], method: str = "") -> Iterator[RowTexts | BadRow]:
-    """The texts of each row, or why it cannot be trained on.
+    """The texts of each row, or why it cannot be trained on; method "": as each row's columns say.
 
     Raises:
         DatasetError: a file does not exist or cannot be read.
         ConfigurationError: there is no such method.
     """
-    if method and method not in METHOD_CONFIGS:
-        raise ConfigurationError(f"--method {method}: unknown method; choose one of {', '.join(METHOD_CONFIGS)}")
+    known_method(method)
     for row in read_rows(SFTConfig(), list(files)):
         if isinstance(row, BadRow):
             yield row
             continue
         try:
-            yield row_texts(row.values, method)
-        except ValueError as error:
+            yield row_texts(read_row(row.values, method or method_of(row.values) or "sft"))
+        except RowError as error:
             yield BadRow(row.where, str(error), row.values)
 
 

@@ -9,16 +9,13 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from arabic_qwen.audit.check import Audit
 from arabic_qwen.audit.findings import CODES, Finding
 from arabic_qwen.audit.statistics import DIACRITICS, QUANTILES, Statistics, histogram, quantile
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.text.dialects import DIALECTS, UNKNOWN
 from arabic_qwen.text.rules import INVISIBLE
-
-if TYPE_CHECKING:
-    from arabic_qwen.audit.check import Audit
 
 #: What a row with such a finding loses of its worth.
 ERROR, WARNING, REPAIRABLE = 1.0, 0.25, 0.1
@@ -82,25 +79,19 @@ def check_target(path: Path) -> None:
         raise ConfigurationError(f"--html {path}: exists and is no report of this command; name another file")
 
 
-def write_html(audit: Audit, path: Path, names: Sequence[str]) -> None:
-    """Write the page: score, findings with examples, statistics.
-
-    Args:
-        audit: of the data.
-        path: the page; see :func:`check_target`.
-        names: of the data, for the title.
-    """
+def write_html(audit: Audit, path: Path) -> None:
+    """Write the page: score, findings with examples, statistics. For what may be overwritten, see `check_target`."""
     value = score(audit)
     found = [
         f'<div class="score {"good" if value >= 90 else "fair" if value >= 70 else "poor"}"><strong>{value}</strong>'
         f"<span>من 100 <small lang=en dir=ltr>of 100</small></span>{_meter(value / 100)}</div>",
         _section("المشكلات", "Findings", _findings(audit)),
     ]
-    _write("فحص البيانات", "Data check", names, [*found, *_statistics(audit.statistics, audit.counts)], path)
+    _write("فحص البيانات", "Data check", audit.files, [*found, *_statistics(audit.statistics, audit.counts)], path)
 
 
-def write_statistics_html(statistics: Statistics, path: Path, names: Sequence[str]) -> None:
-    """Write a page of the statistics alone; arguments as of :func:`write_html`."""
+def write_statistics_html(statistics: Statistics, names: Sequence[str], path: Path) -> None:
+    """Write a page of the statistics of the data of these names."""
     _write("إحصاءات البيانات", "Data statistics", names, _statistics(statistics, Counter()), path)
 
 
@@ -156,7 +147,7 @@ def _findings(audit: Audit) -> str:
 def _finding(code: str, number: int, rows: int, examples: list[Finding]) -> str:
     kind = CODES[code]
     items = "".join(
-        f'<li><code dir="ltr">{_text(f"{found.file}:{found.line}")}</code> '
+        f'<li dir="ltr"><code>{_text(f"{found.file}:{found.line}")}</code> '
         f'<span lang="en" dir="auto">{_text(found.message)}</span>'
         + (f'<blockquote dir="auto">{_text(found.example)}</blockquote>' if found.example else "")
         + "</li>\n"
@@ -165,7 +156,7 @@ def _finding(code: str, number: int, rows: int, examples: list[Finding]) -> str:
     return (
         f'<details class="{kind.level}"><summary><b>{_KINDS.get(code, "")}</b> '
         f'<span lang="en" dir="ltr">{escape(kind.title)}</span>'
-        f"<data>{number:,}</data>{_meter(number / max(1, rows))}</summary>\n"
+        f'<data dir="ltr">{number:,}</data>{_meter(number / max(1, rows))}</summary>\n'
         f'<p lang="en" dir="ltr">{escape(kind.remedy)}{" (data fix does it)" if kind.fixed else ""}</p>\n'
         f"<ul>{items}</ul></details>\n"
     )
@@ -261,7 +252,7 @@ def _drift(statistics: Statistics) -> str:
         for prompt in prompts
     )
     return (
-        f"<p>إجابات بلهجة غير لهجة السؤال: <b>{statistics.drift_share:.1%}</b> "
+        f'<p>إجابات بلهجة غير لهجة السؤال: <b dir="ltr">{statistics.drift_share:.1%}</b> '
         '<span lang="en" dir="ltr">answers in another dialect than their prompt, where both are known</span></p>\n'
         f'<table class="drift" dir="ltr"><thead><tr><th>prompt ↓ answer →</th>{head}</tr></thead>\n'
         f"<tbody>{body}</tbody></table>\n"

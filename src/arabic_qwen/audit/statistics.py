@@ -7,14 +7,13 @@ import itertools
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from arabic_qwen.data.conversations import Message, to_conversation
-from arabic_qwen.data.preferences import Preference, to_contrast, to_feedback, to_measured_pair, to_pair
+from arabic_qwen.audit.rows import Conversation
 from arabic_qwen.text.dialects import UNKNOWN, DialectClassifier, load_classifier
 from arabic_qwen.text.rules import QURANIC, TANWIN_SHADDA, VOWELS
 from arabic_qwen.text.scripts import letter_script
@@ -26,14 +25,6 @@ DIACRITICS = ("none", "some", "full")
 
 QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95}
 
-_PREFERENCES: dict[str, Callable[[dict[str, Any]], Preference]] = {
-    "dpo": to_pair,
-    "ipo": to_pair,
-    "orpo": to_pair,
-    "simpo": to_measured_pair,
-    "cpo": to_contrast,
-    "kto": to_feedback,
-}
 _CODE_POINTS = 0x110000
 
 
@@ -45,25 +36,9 @@ class RowTexts(NamedTuple):
     turns: int = 1  # of the user
 
 
-def row_texts(values: dict[str, Any], method: str = "") -> RowTexts:
-    """The texts of a row as training with `method` reads it; "" takes the method from the columns.
-
-    Raises:
-        ValueError: the row cannot be trained on.
-    """
-    if not method and {"completion", "label"} <= values.keys():
-        method = "kto"
-    elif not method and {"chosen", "rejected"} <= values.keys():
-        method = "cpo"
-    if read := _PREFERENCES.get(method):
-        preference = read(values)
-        return _texts(preference.prompt, preference.answers)
-    *prompt, answer = to_conversation(values)
-    return _texts(prompt, [answer["content"]])
-
-
-def _texts(prompt: list[Message], answers: list[str]) -> RowTexts:
-    return RowTexts(prompt[-1]["content"], tuple(answers), sum(message["role"] == "user" for message in prompt))
+def row_texts(row: Conversation) -> RowTexts:
+    turns = sum(message["role"] == "user" for message in row.messages)
+    return RowTexts(row.question, (row.answer, *row.rejected), turns)
 
 
 class Texts:

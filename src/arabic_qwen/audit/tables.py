@@ -118,18 +118,18 @@ def tokens_tables(costs: dict[str, TokenCost], rows: Sample) -> list[RenderableT
     table.add_row(Text("tokens a word, by dialect", style="bold"))
     for dialect in (*DIALECTS, UNKNOWN):
         if dialect in first.dialects:
-            label = f"  {dialect} ({first.dialects[dialect].texts:,} texts)"
+            label = f"  {dialect} ({count(first.dialects[dialect].texts, 'text')})"
             table.add_row(label, *[_per_word(cost.dialects[dialect]) for cost in every])
     table.add_row(Text("tokens a word, by diacritics", style="bold"))
     for kind in DIACRITICS:
         if kind in first.diacritics:
-            label = f"  {kind} ({first.diacritics[kind].texts:,} texts)"
+            label = f"  {kind} ({count(first.diacritics[kind].texts, 'text')})"
             table.add_row(label, *[_per_word(cost.diacritics[kind]) for cost in every])
     table.add_row(Text("tokens saved, by normalisation", style="bold"))
     for change in CHANGES:
         if not first.savings[change].texts:
             continue
-        label = f"  {change} ({first.savings[change].texts:,} texts)"
+        label = f"  {change} ({count(first.savings[change].texts, 'text')})"
         savings = [(cost.savings[change].tokens, cost.total.tokens) for cost in every]
         table.add_row(label, *[f"{saved:,} {saved / max(1, total):6.1%}" for saved, total in savings])
     if not any(saving.texts for saving in first.savings.values()):

@@ -7,12 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from arabic_qwen.audit.statistics import diacritic_kinds
-from arabic_qwen.models.sources import load_error, resolve_model_name
+from arabic_qwen.models.sources import load_error, locate_on_hub, resolve_model_name
 from arabic_qwen.text.dialects import DialectClassifier, load_classifier
 from arabic_qwen.text.normalization import normalize
 from arabic_qwen.text.rules import TRAIN, Setting
@@ -103,8 +104,11 @@ def load_any_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelLoadError: it cannot be found or read.
     """
+    path = resolve_model_name(name)
+    if not Path(path).is_dir():
+        path = locate_on_hub(name)
     try:
-        return AutoTokenizer.from_pretrained(resolve_model_name(name), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise load_error(name, "tokenizer", error) from error
 
