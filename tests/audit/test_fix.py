@@ -22,7 +22,9 @@ def write(path, rows):
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]  # also at U+0085, so that has to be escaped
+    return [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()
+    ]  # also at U+0085, so that has to be escaped
 
 
 def fixed(tmp_path, *rows):
