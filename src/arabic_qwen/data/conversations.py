@@ -48,9 +48,10 @@ def to_conversation(values: dict[str, Any], system_prompt: str | None = None) ->
         question, answer = layout.columns
         messages = _history(values.get("history") or []) if question == "instruction" else []
         messages += read_question(values, question) + _turn(values, answer, "assistant")
-    for message in messages:
+    for position, message in enumerate(messages):
         if message["role"] == "assistant":
-            check_answer(message["content"], "answer")
+            place = f"[{position}]" if len(layout.columns) == 1 else ""
+            check_answer(message["content"], layout.columns[-1] + place)
     if messages and messages[0]["role"] != "system":
         system = field_text(values, "system") if values.get("system") else system_prompt
         if system:

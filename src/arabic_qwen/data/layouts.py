@@ -198,6 +198,8 @@ _LITERAL = regex.compile(
     r"""(?:\s++|[\[\]{}:,]|'(?:[^'\\\n]|\\.)*+'|"(?:[^"\\\n]|\\.)*+"|\d++(?:\.\d++)?|None|True|False)++"""
 )
 
+_BETWEEN = regex.compile(r"\}\s*\n\s*\{")  # how numpy, and so pandas' to_csv, separates them; strings have no line ends
+
 
 def _read_list(text: str, column: str) -> Any:
     """The list of messages that a text holds; the text itself where it is none."""
@@ -207,10 +209,10 @@ def _read_list(text: str, column: str) -> Any:
         if not _MESSAGES.match(text):
             return text
         try:
-            found = ast.literal_eval(text.strip()) if _LITERAL.fullmatch(text) else None
+            if not _LITERAL.fullmatch(text):
+                raise ValueError
+            found = ast.literal_eval(_BETWEEN.sub("}, {", text.strip()))
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            found = None
-        if found is None:
             raise RowError(
                 f"{column}: is a list of messages stored as text, which is broken; store a list of messages",
                 "stringified_messages",
