@@ -152,6 +152,11 @@ HOSTILE = {
 }
 
 
+def test_keys_of_messages_in_any_order():
+    text = "[{'weight': None, 'from': 'human', 'value': 'س'}, {'weight': 1.5, 'from': 'gpt', 'value': 'ج'}]"
+    assert [turn["content"] for turn in to_conversation({"conversations": text})] == ["س", "ج"]
+
+
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 @pytest.mark.parametrize("column", ["messages", "chosen"])
 def test_hostile_text(column, text):

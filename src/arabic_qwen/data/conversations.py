@@ -63,7 +63,7 @@ def to_conversation(values: dict[str, Any], system_prompt: str | None = None) ->
 def wrong_columns(values: dict[str, Any], needed: str) -> RowError:
     """What to say of a row that lacks columns."""
     layout = recognise(values)
-    hint = "name yours in column_map"
+    hint = "name yours in column_map (`arabic-qwen data layouts` shows all)"
     if layout:
         *others, last = layout.methods
         hint = f"such rows are for method{'s' if others else ''} {', '.join(others)}{' and ' if others else ''}{last}"

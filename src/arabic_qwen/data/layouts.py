@@ -92,8 +92,10 @@ LAYOUTS = (
     ),
 )
 
-#: Columns that may hold a list of messages.
-MESSAGE_COLUMNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
+_TEXTS = ("prompt", "completion", "chosen", "rejected")
+
+#: Columns that hold a list of messages, or may do so instead of text.
+MESSAGE_COLUMNS = ("messages", "conversations", *_TEXTS)
 
 _ROLES = {
     "system": "system",
@@ -111,7 +113,7 @@ _ROLES = {
 # Without ال and in the spelling of profile `compare`.
 _TRANSLATED_ROLES = {
     **dict.fromkeys(("نظام", "رساله نظام", "موجه نظام"), "system"),
-    **dict.fromkeys(("مستخدم", "مستخدمه", "انسان", "بشري", "سائل", "سائله", "عميل", "عميله"), "user"),
+    **dict.fromkeys(("مستخدم", "مستخدمه", "انسان", "بشر", "بشري", "سائل", "سائله", "عميل", "عميله"), "user"),
     **dict.fromkeys(
         ("مساعد", "مساعده", "مساعد ذكي", "ذكاء اصطناعي", "نموذج", "بوت", "روبوت", "مجيب", "مجيبه", "جي بي تي"),
         "assistant",
@@ -206,7 +208,7 @@ def _read_list(text: str, column: str) -> Any:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        if not _MESSAGES.match(text):
+        if column in _TEXTS and not _MESSAGES.match(text):
             return text
         try:
             if not _LITERAL.fullmatch(text):
