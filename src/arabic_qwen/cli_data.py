@@ -128,6 +128,8 @@ def tokens(
     as_json: AsJson = False,
 ) -> None:
     """Say what the texts cost in tokens, by dialect and diacritics, and what normalising would save."""
+    from rich.console import Console
+
     from arabic_qwen.audit.reading import expected_rows, read_texts, sample_rows
     from arabic_qwen.audit.tables import tokens_tables
     from arabic_qwen.audit.tokens import load_any_tokenizer, token_cost
@@ -137,7 +139,8 @@ def tokens(
         print(f"tokenizer: {EMBEDDED_MODEL}, which comes along; name yours with --tokenizer", file=sys.stderr)
     tokenizers = {name: load_any_tokenizer(name) for name in tokenizer or [EMBEDDED_MODEL]}
     rows = sample_rows(_progress(read_texts(files, method), "Reading", expected_rows(files)), sample)
-    costs = token_cost([text for row in rows.chosen for text in (row.prompt, *row.answers)], tokenizers)
+    with Console(stderr=True).status(f"Tokenising {len(rows.chosen):,} rows"):
+        costs = token_cost([text for row in rows.chosen for text in (row.prompt, *row.answers)], tokenizers)
     if as_json:
         counts = {"rows": rows.rows, "bad_rows": rows.bad_rows, "sampled_rows": len(rows.chosen)}
         by_tokenizer = {name: cost.as_dict() for name, cost in costs.items()}

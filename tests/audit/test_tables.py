@@ -40,7 +40,7 @@ def test_statistics_fit_a_terminal_of_80_columns():
     )
     assert "1 bad row left out" in " ".join(text.split())
     assert "…" not in text
-    assert "50.0% drift" in text
+    assert "50.0% of answers in another dialect" in text
     assert "EGY" in text and "██" in text
 
 

@@ -193,7 +193,8 @@ def _any(sides: dict[str, dict[str, float]], name: str) -> bool:
 
 
 def _meter(share: float, side: str = "") -> str:
-    return f'<span class="meter {side}"><i style="width:{100 * share:.1f}%"></i></span>'
+    bar = f'<i style="width:{100 * share:.1f}%"></i>' if share else ""
+    return f'<span class="meter {side}">{bar}</span>'
 
 
 def _bars(sides: dict[str, dict[str, float]], names: list[str]) -> str:
