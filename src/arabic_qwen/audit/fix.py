@@ -73,7 +73,7 @@ def fix(
         raise ConfigurationError(f"{out}: there is no folder {out.parent}; make it first")
     repair = Repair()
     with contextlib.ExitStack() as stack:
-        rows, changes, dropped = (_AtomicFile(target, stack) for target in targets)
+        rows, changes, dropped = (AtomicFile(target, stack) for target in targets)
         fixer = _Fixer(method)
         for row in watch(read_rows(SFTConfig(), file)):
             repair.rows += 1
@@ -98,7 +98,7 @@ def fix(
     return repair
 
 
-class _AtomicFile:
+class AtomicFile:
     """JSON Lines that appear under their name once they are complete, and never in place of another file."""
 
     def __init__(self, path: Path, stack: contextlib.ExitStack):

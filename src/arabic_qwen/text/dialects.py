@@ -42,7 +42,7 @@ class Prediction(NamedTuple):
     confidence: float
 
 
-def _words(text: str) -> list[str]:
+def arabic_words(text: str) -> list[str]:
     """The Arabic words that tell a dialect, spelling folded; none where the text is mostly something else."""
     prose, _ = hide_spans(text[:20_000])
     prose = "\n".join(line for line in prose.split("\n") if not in_other_language(line))
@@ -70,7 +70,7 @@ class DialectClassifier:
 
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
         """One prediction a text. "unknown": fewer than three Arabic words, another language, or no clear dialect."""
-        words = [_words(text) for text in texts]
+        words = [arabic_words(text) for text in texts]
         probabilities = _softmax(self._logits(words))
         best = probabilities.argmax(axis=1)
         predictions = []
@@ -105,7 +105,6 @@ class DialectClassifier:
             "bias": self.bias.astype(np.float32),
             "thresholds": self.thresholds.astype(np.float32),
         }
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path, {"dialects": json.dumps(self.labels)})
 
 
@@ -157,7 +156,7 @@ def fit(
     strange = sorted(set(labels) - set(DIALECTS))
     if strange:
         raise DatasetError(f"{strange[0]!r} is no dialect; label the texts {', '.join(DIALECTS)}")
-    words = [_words(text) for text in texts]
+    words = [arabic_words(text) for text in texts]
     used = [place for place, found in enumerate(words) if found]
     present = [dialect for dialect in DIALECTS if any(labels[place] == dialect for place in used)]
     if not used:
@@ -175,6 +174,56 @@ def fit(
     thresholds = _thresholds(_softmax(held_out / temperature), target, weight)
     coefficients, bias = _regression(features, target, weight)
     return DialectClassifier(present, coefficients / temperature, bias / temperature, thresholds)
+
+
+def held_out_predictions(
+    texts: Sequence[str],
+    labels: Sequence[str],
+    groups: Sequence[str] | None = None,
+    sample_weight: Sequence[float] | None = None,
+) -> list[Prediction]:
+    """What classifiers that have seen neither a text nor its group say of it: five folds, arguments as :func:`fit`.
+
+    Raises:
+        DatasetError: as :func:`fit`, of any fold.
+    """
+    fold = _fold_of([str(place) for place in range(len(texts))] if groups is None else groups)
+    predictions = [Prediction(UNKNOWN, 0.0)] * len(texts)
+    for number in np.unique(fold):
+        train, test = np.flatnonzero(fold != number).tolist(), np.flatnonzero(fold == number).tolist()
+        classifier = fit(
+            [texts[place] for place in train],
+            [labels[place] for place in train],
+            None if groups is None else [groups[place] for place in train],
+            None if sample_weight is None else [sample_weight[place] for place in train],
+        )
+        for place, prediction in zip(test, classifier.predict([texts[place] for place in test]), strict=True):
+            predictions[place] = prediction
+    return predictions
+
+
+class Score(NamedTuple):
+    """How well texts of a dialect are recognised; "unknown" is a miss, but no false alarm."""
+
+    dialect: str
+    texts: int
+    precision: float
+    recall: float
+    f1: float
+    unknown: float  # share
+
+
+def score(labels: Sequence[str], predictions: Sequence[Prediction]) -> list[Score]:
+    """A score for each dialect that there is."""
+    truth, named = np.array(labels), np.array([prediction.dialect for prediction in predictions])
+    scores = []
+    for dialect in (dialect for dialect in DIALECTS if (truth == dialect).any()):
+        there, found = truth == dialect, named == dialect
+        right, texts = int((there & found).sum()), int(there.sum())
+        f1 = 2 * right / (texts + int(found.sum()))
+        unknown = float((named[there] == UNKNOWN).mean())
+        scores.append(Score(dialect, texts, right / max(1, int(found.sum())), right / texts, f1, unknown))
+    return scores
 
 
 def _features(texts: Sequence[Sequence[str]]):
@@ -222,10 +271,7 @@ def _regression(features, target: np.ndarray, weight: np.ndarray) -> tuple[np.nd
 
 def _held_out_logits(features, target: np.ndarray, weight: np.ndarray, groups: Sequence[str] | None) -> np.ndarray:
     """[texts, labels]: of each text, by a model that has seen neither it nor its group."""
-    names = [str(place) for place in range(len(target))] if groups is None else groups
-    order = {name: place for place, name in enumerate(dict.fromkeys(names))}
-    folds = np.random.default_rng(0).permutation(len(order)) % _FOLDS
-    fold = np.array([folds[order[name]] for name in names])
+    fold = _fold_of([str(place) for place in range(len(target))] if groups is None else groups)
     logits = np.zeros((len(target), target.max() + 1))
     for number in range(_FOLDS):
         test = fold == number
@@ -236,6 +282,13 @@ def _held_out_logits(features, target: np.ndarray, weight: np.ndarray, groups: S
         logits[test] = -50  # a dialect that is only in this fold
         logits[np.ix_(test, seen)] = features[test] @ coefficients.T + bias
     return logits
+
+
+def _fold_of(groups: Sequence[str]) -> np.ndarray:
+    """The fold of each text: texts of a group have the same."""
+    order = {name: place for place, name in enumerate(dict.fromkeys(groups))}
+    folds = np.random.default_rng(0).permutation(len(order)) % _FOLDS
+    return np.array([folds[order[name]] for name in groups])
 
 
 def _temperature(logits: np.ndarray, target: np.ndarray, weight: np.ndarray) -> float:
