@@ -73,7 +73,7 @@ def check(
         from arabic_qwen.audit.findings_table import findings_table, verdict
 
         if audit.counts:
-            _print([findings_table(audit, max_examples)])
+            _print(findings_table(audit, max_examples), soft_wrap=True)
         print(verdict(audit))
     if audit.errors:
         raise typer.Exit(1)
@@ -217,9 +217,9 @@ def _progress(items: Iterable[T], what: str, total: float | None) -> Iterator[T]
     yield from track(items, what, total, console=console, transient=True, disable=not sys.stderr.isatty())
 
 
-def _print(tables: Iterable[object]) -> None:
+def _print(tables: Iterable[object], soft_wrap: bool = False) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=soft_wrap)
     for table in tables:
         console.print(table)

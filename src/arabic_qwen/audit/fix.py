@@ -29,6 +29,8 @@ from arabic_qwen.text.rules import TRAIN
 from arabic_qwen.text.spans import hide_spans, restore_spans
 
 _TEXT_COLUMNS = {name for layout in LAYOUTS for name in (*layout.columns, *layout.optional)}
+# What some programs take for the end of a line.
+_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 _ROUNDS = 10  # what one repair leaves may need another: &lt;|im_end|&gt;
 
 
@@ -112,7 +114,7 @@ class AtomicFile:
 
     def write(self, value: Any) -> None:
         # JSON's own escapes for halves of surrogate pairs, which UTF-8 lacks
-        self._file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+        self._file.write(json.dumps(value, ensure_ascii=False, default=str).translate(_LINE_ENDS) + "\n")
         self.lines += 1
 
     def keep(self) -> Path:
