@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from datasketch import MinHash
 
-from arabic_qwen.audit.answer_checks import fold
+from arabic_qwen.text.normalization import fold
 
 #: Rows whose word trigrams have at least this Jaccard similarity, as their MinHash signatures estimate it.
 SIMILAR = 0.8
