@@ -93,7 +93,11 @@ def _drift(statistics: Statistics) -> list[RenderableType]:
     for prompt in prompts:
         counts = [statistics.drift[prompt, answer] for answer in answers]
         table.add_row(prompt, *[f"{number:,}" if number else "·" for number in counts])
-    return [table, f"{statistics.drift_share:.1%} of answers in another dialect than their prompt, where both are known", ""]
+    return [
+        table,
+        f"{statistics.drift_share:.1%} of answers in another dialect than their prompt, where both are known",
+        "",
+    ]
 
 
 def _answer_lengths(statistics: Statistics) -> RenderableType:
