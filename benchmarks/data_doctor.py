@@ -23,7 +23,7 @@ WORDS = """
 الدولة المجتمع البيئة الطاقة الهواء الأرض النبات الحيوان الطائر السمك الزهرة الشجرة الغابة النهر القمر النجم الفضاء يكتب
 يقرأ يعمل يدرس يسافر يعيش يعرف يفهم يشرح يسأل يجيب يبدأ ينتهي يساعد يتعلم يفكر يبحث يجد يرى يسمع كبير صغير جديد قديم جميل
 مهم سهل صعب سريع بطيء طويل قصير عالٍ منخفض حار بارد قريب بعيد واضح مختلف مشترك خاص عام أول ثانٍ أخير كثير قليل
-""".split()
+"""
 
 DEFECTS = (
     lambda text: text.replace("ا", "اـ", 1) + "ا",
@@ -37,10 +37,10 @@ DEFECTS = (
 
 
 def write_rows(path: Path, number: int, seed: int = 0) -> None:
-    generator = random.Random(seed)
+    generator, words = random.Random(seed), WORDS.split()
 
     def text(shortest: int, longest: int) -> str:
-        return " ".join(generator.choices(WORDS, k=generator.randint(shortest, longest))) + "."
+        return " ".join(generator.choices(words, k=generator.randint(shortest, longest))) + "."
 
     with path.open("w", encoding="utf-8") as file:
         for _ in range(number):

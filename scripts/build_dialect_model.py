@@ -3,8 +3,9 @@
     apt-get download mediawiki && dpkg -x mediawiki_*.deb mediawiki
     python scripts/build_dialect_model.py mediawiki
 
-Two sources: `dialect_sentences/`, written for this project, where line n says the same in every dialect; and the
-translations of MediaWiki's interface (GPL-2.0-or-later; Debian's package 1.39.17), of which no text is shipped.
+Sources: `dialect_sentences/`, written for this project, where line n says the same in every dialect; the prose of
+`corpus/`, written for it by somebody else; and translations of MediaWiki's interface (GPL-2.0-or-later; Debian's
+package 1.39.17), of which no text is shipped.
 """
 
 import argparse
@@ -16,20 +17,32 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arabic_qwen.text.dialects import DIALECTS, UNKNOWN, DialectClassifier, _words, fit
+from arabic_qwen.text.dialects import (
+    DIALECTS,
+    DialectClassifier,
+    Prediction,
+    arabic_words,
+    fit,
+    held_out_predictions,
+    score,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "src" / "arabic_qwen" / "assets" / "dialects.safetensors"
 SENTENCES = ROOT / "scripts" / "dialect_sentences"
+PROSE = {"msa": "MSA", "egyptian": "EGY", "levantine": "LEV", "gulf": "GLF", "maghrebi": "MAG"}
 MEDIAWIKI = {"ar": "MSA", "arz": "EGY", "apc": "LEV", "ary": "MAG", "arq": "MAG", "aeb-arab": "MAG", "acm": "IRQ"}
+WEIGHTS = {"core": 0.05, "extensions": 0.05}  # many, in one register, and of mixed quality
 
-_MARKUP = re.compile(r"\{\{.*?\}\}|\[\[(?:[^]|]*\|)?([^]]*)\]\]|\[\S+ ([^]]*)\]|<[^>]*>|\$\d|'{2,}|https?://\S+|[#*=|{}\[\]]")
+_MARKUP = re.compile(
+    r"\{\{.*?\}\}|\[\[(?:[^]|]*\|)?([^]]*)\]\]|\[\S+ ([^]]*)\]|<[^>]*>|\$\d|'{2,}|https?://\S+|[#*=|{}\[\]]"
+)
 
 
 class Text(NamedTuple):
     text: str
     dialect: str
-    source: str  # sentences, core (MediaWiki itself) or extensions
+    source: str  # sentences, prose, core (MediaWiki itself) or extensions
     group: str  # texts of one group are never on both sides of a split
 
 
@@ -38,6 +51,14 @@ def sentences(folder: Path = SENTENCES) -> list[Text]:
     for dialect in DIALECTS:
         lines = (folder / f"{dialect}.txt").read_text(encoding="utf-8").splitlines()
         found += [Text(line, dialect, "sentences", f"sentence {number}") for number, line in enumerate(lines)]
+    return found
+
+
+def prose() -> list[Text]:
+    found = []
+    for name, dialect in PROSE.items():
+        lines = (ROOT / "scripts" / "corpus" / f"prose_{name}.txt").read_text(encoding="utf-8").splitlines()
+        found += [Text(line, dialect, "prose", f"{name} {number}") for number, line in enumerate(lines)]
     return found
 
 
@@ -54,11 +75,11 @@ def mediawiki(folder: Path, standard_words: set[str]) -> list[Text]:
             for key, text in json.loads(path.read_text(encoding="utf-8")).items():
                 if isinstance(text, str):
                     catalogues[code][f"{source}/{key}"] = _MARKUP.sub(lambda m: f" {m[1] or m[2] or ''} ", text)
-    standard_words = standard_words.union(*(_words(text) for text in catalogues["ar"].values()))
+    standard_words = standard_words.union(*(arabic_words(text) for text in catalogues["ar"].values()))
     found, seen = [], set()
     for code in sorted(MEDIAWIKI, key=lambda code: code == "ar"):
         for key, text in catalogues[code].items():
-            words = _words(text)
+            words = arabic_words(text)
             if len(words) < 4 or tuple(words) in seen:
                 continue
             if code != "ar" and len(set(words) - standard_words) < 2:
@@ -70,45 +91,22 @@ def mediawiki(folder: Path, standard_words: set[str]) -> list[Text]:
     return [text for text in found if text.dialect != "MSA" or text.group in translated]
 
 
+def columns(texts: list[Text]) -> tuple[list[str], list[str], list[str], list[float]]:
+    """Texts, labels, groups and weights."""
+    weights = [WEIGHTS.get(text.source, 1.0) for text in texts]
+    return [t.text for t in texts], [t.dialect for t in texts], [t.group for t in texts], weights
+
+
 def train(texts: list[Text]) -> DialectClassifier:
-    """A source counts the more the more texts it has of a dialect, but less than in proportion."""
-    size = Counter((text.dialect, text.source) for text in texts)
-    weight = [size[text.dialect, text.source] ** -0.5 for text in texts]
-    return fit([t.text for t in texts], [t.dialect for t in texts], [t.group for t in texts], weight)
+    return fit(*columns(texts))
 
 
-def report(title: str, texts: list[Text], predicted: list[str]) -> None:
-    """Per dialect precision, recall and F1, where an "unknown" is a miss but no false alarm."""
+def report(title: str, texts: list[Text], predictions: list[Prediction]) -> None:
     print(f"\n{title}\n{'':8}{'texts':>7}{'precision':>11}{'recall':>8}{'F1':>7}{'unknown':>9}")
-    truth, guess = np.array([text.dialect for text in texts]), np.array(predicted)
-    scores = []
-    for dialect in DIALECTS:
-        there, named = truth == dialect, guess == dialect
-        if not there.any():
-            continue
-        right = (there & named).sum()
-        precision, recall = right / max(1, named.sum()), right / there.sum()
-        scores.append(2 * right / (there.sum() + named.sum()))
-        unknown = (guess[there] == UNKNOWN).mean()
-        print(f"{dialect:8}{there.sum():7,}{precision:11.2f}{recall:8.2f}{scores[-1]:7.2f}{unknown:9.2f}")
-    print(f"{'macro':8}{len(texts):7,}{'':19}{np.mean(scores):7.2f}{(guess == UNKNOWN).mean():9.2f}")
-
-
-def predict(model: DialectClassifier, texts: list[Text]) -> list[str]:
-    return [prediction.dialect for prediction in model.predict([text.text for text in texts])]
-
-
-def across_folds(texts: list[Text], rest: list[Text], folds: int = 5) -> list[str]:
-    """What models that have seen neither a text nor its group say of it."""
-    groups = sorted({text.group for text in texts})
-    fold = dict(zip(groups, np.random.default_rng(1).permutation(len(groups)) % folds, strict=True))
-    predicted = [""] * len(texts)
-    for number in range(folds):
-        model = train([text for text in texts if fold[text.group] != number] + rest)
-        test = [place for place, text in enumerate(texts) if fold[text.group] == number]
-        for place, dialect in zip(test, predict(model, [texts[place] for place in test]), strict=True):
-            predicted[place] = dialect
-    return predicted
+    scores = score([text.dialect for text in texts], predictions)
+    for dialect, number, precision, recall, f1, unknown in scores:
+        print(f"{dialect:8}{number:7,}{precision:11.2f}{recall:8.2f}{f1:7.2f}{unknown:9.2f}")
+    print(f"{'macro':8}{len(texts):7,}{'':19}{np.mean([score.f1 for score in scores]):7.2f}")
 
 
 def main() -> None:
@@ -117,17 +115,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=MODEL)
     arguments = parser.parse_args()
 
-    own = sentences()
-    translations = mediawiki(arguments.mediawiki, {word for t in own if t.dialect == "MSA" for word in _words(t.text)})
-    texts = own + translations
-    print(Counter((text.source, text.dialect) for text in texts))
+    own, other = sentences(), prose()
+    standard = {word for text in own + other if text.dialect == "MSA" for word in arabic_words(text.text)}
+    translations = mediawiki(arguments.mediawiki, standard)
+    texts = own + other + translations
+    for source in ("sentences", "prose", "core", "extensions"):
+        print(source, dict(Counter(text.dialect for text in texts if text.source == source)))
 
-    report("sentences, unseen lines", own, across_folds(own, translations))
-    model = train(own)
-    for source in ("core", "extensions"):
-        test = [text for text in translations if text.source == source]
-        report(f"MediaWiki {source}, trained on the sentences only", test, predict(model, test))
-    report("sentences, trained on MediaWiki only", own, predict(train(translations), own))
+    unseen = held_out_predictions(*columns(texts))
+    report("sentences, lines not seen in any dialect", own, unseen[: len(own)])
+    report("prose, none of it seen", other, train(own + translations).predict(columns(other)[0]))
+    report("MediaWiki, none of it seen", translations, train(own + other).predict(columns(translations)[0]))
 
     model = train(texts)
     model.save(arguments.output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -20,6 +21,7 @@ data = typer.Typer(
 
 Files = Annotated[list[str], typer.Argument(help="Data files, folders or hub ids; sample:sft is one that comes along")]
 Method = Annotated[str, typer.Option(help="Read rows as this training method does; default: as their columns say")]
+Classifier = Annotated[str, typer.Option("--model", help="Dialect classifier that `data fit-dialects` wrote")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else")]
 
 
@@ -71,7 +73,7 @@ def check(
         from arabic_qwen.audit.findings_table import findings_table, verdict
 
         if audit.counts:
-            _print([findings_table(audit, max_examples)])
+            _print(findings_table(audit, max_examples), soft_wrap=True)
         print(verdict(audit))
     if audit.errors:
         raise typer.Exit(1)
@@ -149,6 +151,63 @@ def tokens(
         _print(tokens_tables(costs, rows))
 
 
+@data.command(epilog="Example: arabic-qwen data dialects sample:sft")
+def dialects(
+    files: Files,
+    model: Classifier = "",
+    method: Method = "",
+    as_json: AsJson = False,
+) -> None:
+    """Say which dialects questions and answers are in, and where an answer is in another one than its question."""
+    from arabic_qwen.audit.dialects import dialect_report
+    from arabic_qwen.audit.dialects_table import dialects_tables
+    from arabic_qwen.audit.reading import expected_rows, read_texts
+    from arabic_qwen.text.dialects import load_classifier
+
+    rows = _progress(read_texts(files, method), "Reading", expected_rows(files))
+    report = dialect_report(rows, load_classifier(model or None))
+    if as_json:
+        print(json.dumps(report.as_dict(), ensure_ascii=False, indent=2))
+    else:
+        _print(dialects_tables(report))
+
+
+@data.command(
+    "fit-dialects", epilog="Example: arabic-qwen data fit-dialects labelled.csv own.safetensors --label country"
+)
+def fit_dialects(
+    file: Annotated[str, typer.Argument(help="Texts labelled MSA, EGY, LEV, GLF, MAG or IRQ")],
+    out: Annotated[Path, typer.Argument(help="New file, *.safetensors, for `data dialects --model`")],
+    text: Annotated[str, typer.Option(help="Column of the texts")] = "text",
+    label: Annotated[str, typer.Option(help="Column of the labels")] = "dialect",
+) -> None:
+    """Train a dialect classifier on texts of your own; sources, if a column `source` names them, are held out whole."""
+    from arabic_qwen.audit.dialects import fit_file
+    from arabic_qwen.audit.dialects_table import scores_table
+
+    scores, held_out = fit_file(file, out, text, label, watch=partial(_progress, what="Reading", total=None))
+    _print([f"on held-out {held_out}, in five folds", scores_table(scores), f"trained on all of them: {out}"])
+
+
+@data.command(epilog="Example: arabic-qwen data split all.jsonl parts --share 0.05")
+def split(
+    file: Annotated[str, typer.Argument(help="Data file, folder or hub id")],
+    folder: Annotated[Path, typer.Argument(help="Where train.jsonl and validation.jsonl are written")],
+    share: Annotated[float, typer.Option(help="Share of the rows for validation", min=0, max=1)] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of the choice")] = 42,
+    method: Method = "",
+    model: Classifier = "",
+) -> None:
+    """Split data in two with the same share of each dialect; rows with the same question stay together."""
+    from arabic_qwen.audit.dialects_table import split_tables
+    from arabic_qwen.audit.reading import expected_rows
+    from arabic_qwen.audit.split import split as divide
+    from arabic_qwen.text.dialects import load_classifier
+
+    watch = partial(_progress, what="Reading", total=expected_rows([file]))
+    _print(split_tables(divide(file, folder, load_classifier(model or None), share, seed, method, watch=watch)))
+
+
 def _progress(items: Iterable[T], what: str, total: float | None) -> Iterator[T]:
     """The items, with a progress bar on a terminal's stderr."""
     from rich.console import Console
@@ -158,9 +217,9 @@ def _progress(items: Iterable[T], what: str, total: float | None) -> Iterator[T]
     yield from track(items, what, total, console=console, transient=True, disable=not sys.stderr.isatty())
 
 
-def _print(tables: Iterable[object]) -> None:
+def _print(tables: Iterable[object], soft_wrap: bool = False) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=soft_wrap)
     for table in tables:
         console.print(table)

@@ -86,7 +86,8 @@ def _script(asked: str, prompt: str, answer: str) -> Iterator[Found]:
     if demanded := _ASKS_ARABIC.search(asked):
         known = {word.lower() for word in _LATIN_WORD.findall(prompt)}  # names, which need no translation
         words = _LATIN_WORD.findall(prose)
-        wrong = 2 * sum(word.lower() in known for word in words) < len(words) or "Latin" not in shares
+        new = sum(word.lower() not in known for word in words)
+        wrong = new >= 3 or 2 * new > len(words) or "Latin" not in shares
     else:
         sentence = len(_ENGLISH_OR_FRENCH.findall(prose)) >= 3 or shares.get("Latin", 0) < 0.5
         wrong = (
@@ -205,7 +206,7 @@ _DIALECT_NAMES = {
 }
 _NAMED = {
     dialect: re.compile(
-        rf"(?<!\w)(?:(?:الي|ب|ل)\s*(?:ال)?(?:ل?(?:لهجه|عاميه|عربيه|لغه|دارجه)\s+)*(?:ال)?(?:عربيه\s+|عاميه\s+|دارجه\s+)?(?:ال)?|"
+        rf"(?<!\w)و?(?:(?:الي|ب|ل)\s*(?:ال)?(?:ل?(?:لهجه|عاميه|عربيه|لغه|دارجه)\s+)*(?:ال)?(?:عربيه\s+|عاميه\s+|دارجه\s+)?(?:ال)?|"
         rf"\b(?:in|to|into)\s+(?:the\s+)?)(?:{names})(?!\w)",
         re.IGNORECASE,
     )

@@ -22,8 +22,8 @@ from arabic_qwen.data.sources import read_rows
 from arabic_qwen.text.dialects import UNKNOWN, load_classifier
 
 _BATCH = 1000  # rows: what is classified and hashed together
-_SURE = 0.9  # confidence of the dialect of an answer
-_FEWEST_WORDS = 4  # of such an answer
+_SURE = 0.95  # confidence of the dialect of an answer
+_FEWEST_WORDS = 5  # of such an answer
 _SPEAKERS = {"system": "system prompt", "user": "prompt", "assistant": "answer"}
 
 

@@ -29,6 +29,8 @@ from arabic_qwen.text.rules import TRAIN
 from arabic_qwen.text.spans import hide_spans, restore_spans
 
 _TEXT_COLUMNS = {name for layout in LAYOUTS for name in (*layout.columns, *layout.optional)}
+# What some programs take for the end of a line.
+_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 _ROUNDS = 10  # what one repair leaves may need another: &lt;|im_end|&gt;
 
 
@@ -71,7 +73,7 @@ def fix(
         raise ConfigurationError(f"{out}: there is no folder {out.parent}; make it first")
     repair = Repair()
     with contextlib.ExitStack() as stack:
-        rows, changes, dropped = (_AtomicFile(target, stack) for target in targets)
+        rows, changes, dropped = (AtomicFile(target, stack) for target in targets)
         fixer = _Fixer(method)
         for row in watch(read_rows(SFTConfig(), file)):
             repair.rows += 1
@@ -96,7 +98,7 @@ def fix(
     return repair
 
 
-class _AtomicFile:
+class AtomicFile:
     """JSON Lines that appear under their name once they are complete, and never in place of another file."""
 
     def __init__(self, path: Path, stack: contextlib.ExitStack):
@@ -112,7 +114,7 @@ class _AtomicFile:
 
     def write(self, value: Any) -> None:
         # JSON's own escapes for halves of surrogate pairs, which UTF-8 lacks
-        self._file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+        self._file.write(json.dumps(value, ensure_ascii=False, default=str).translate(_LINE_ENDS) + "\n")
         self.lines += 1
 
     def keep(self) -> Path:

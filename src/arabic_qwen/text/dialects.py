@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,8 @@ UNKNOWN = "unknown"
 #: Of the texts that get a dialect, this share is meant to get the right one.
 PRECISION = 0.9
 
-_NGRAMS = (1, 5)  # characters, the spaces around a word included
+_NGRAMS = (3, 5)  # characters, the spaces around a word included
+_WHOLE = 3  # a whole word counts as much as so many n-grams
 _BUCKETS = 2**17  # that n-grams are hashed into
 _WORDS = (3, 200)  # Arabic words of a text: with fewer it is unknown, more are not looked at
 _FOLDS = 5
@@ -41,7 +42,7 @@ class Prediction(NamedTuple):
     confidence: float
 
 
-def _words(text: str) -> list[str]:
+def arabic_words(text: str) -> list[str]:
     """The Arabic words that tell a dialect, spelling folded; none where the text is mostly something else."""
     prose, _ = hide_spans(text[:20_000])
     prose = "\n".join(line for line in prose.split("\n") if not in_other_language(line))
@@ -51,7 +52,7 @@ def _words(text: str) -> list[str]:
 
 
 class DialectClassifier:
-    """Logistic regression on the mean n-grams of a text's words, so that a word's share of the score is found once.
+    """Linear scores of a text's words, summed; as they are sums, each word is scored once and remembered.
 
     Args:
         labels: the dialects it knows.
@@ -69,7 +70,7 @@ class DialectClassifier:
 
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
         """One prediction a text. "unknown": fewer than three Arabic words, another language, or no clear dialect."""
-        words = [_words(text) for text in texts]
+        words = [arabic_words(text) for text in texts]
         probabilities = _softmax(self._logits(words))
         best = probabilities.argmax(axis=1)
         predictions = []
@@ -104,7 +105,6 @@ class DialectClassifier:
             "bias": self.bias.astype(np.float32),
             "thresholds": self.thresholds.astype(np.float32),
         }
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path, {"dialects": json.dumps(self.labels)})
 
 
@@ -156,7 +156,7 @@ def fit(
     strange = sorted(set(labels) - set(DIALECTS))
     if strange:
         raise DatasetError(f"{strange[0]!r} is no dialect; label the texts {', '.join(DIALECTS)}")
-    words = [_words(text) for text in texts]
+    words = [arabic_words(text) for text in texts]
     used = [place for place, found in enumerate(words) if found]
     present = [dialect for dialect in DIALECTS if any(labels[place] == dialect for place in used)]
     if not used:
@@ -176,6 +176,56 @@ def fit(
     return DialectClassifier(present, coefficients / temperature, bias / temperature, thresholds)
 
 
+def held_out_predictions(
+    texts: Sequence[str],
+    labels: Sequence[str],
+    groups: Sequence[str] | None = None,
+    sample_weight: Sequence[float] | None = None,
+) -> list[Prediction]:
+    """What classifiers that have seen neither a text nor its group say of it: five folds, arguments as :func:`fit`.
+
+    Raises:
+        DatasetError: as :func:`fit`, of any fold.
+    """
+    fold = _fold_of([str(place) for place in range(len(texts))] if groups is None else groups)
+    predictions = [Prediction(UNKNOWN, 0.0)] * len(texts)
+    for number in np.unique(fold):
+        train, test = np.flatnonzero(fold != number).tolist(), np.flatnonzero(fold == number).tolist()
+        classifier = fit(
+            [texts[place] for place in train],
+            [labels[place] for place in train],
+            None if groups is None else [groups[place] for place in train],
+            None if sample_weight is None else [sample_weight[place] for place in train],
+        )
+        for place, prediction in zip(test, classifier.predict([texts[place] for place in test]), strict=True):
+            predictions[place] = prediction
+    return predictions
+
+
+class Score(NamedTuple):
+    """How well texts of a dialect are recognised; "unknown" is a miss, but no false alarm."""
+
+    dialect: str
+    texts: int
+    precision: float
+    recall: float
+    f1: float
+    unknown: float  # share
+
+
+def score(labels: Sequence[str], predictions: Sequence[Prediction]) -> list[Score]:
+    """A score for each dialect that there is."""
+    truth, named = np.array(labels), np.array([prediction.dialect for prediction in predictions])
+    scores = []
+    for dialect in (dialect for dialect in DIALECTS if (truth == dialect).any()):
+        there, found = truth == dialect, named == dialect
+        right, texts = int((there & found).sum()), int(there.sum())
+        f1 = 2 * right / (texts + int(found.sum()))
+        unknown = float((named[there] == UNKNOWN).mean())
+        scores.append(Score(dialect, texts, right / max(1, int(found.sum())), right / texts, f1, unknown))
+    return scores
+
+
 def _features(texts: Sequence[Sequence[str]]):
     """Sparse [texts, buckets]: the sum of the words' n-grams over the root of their number."""
     from scipy.sparse import csr_matrix
@@ -191,12 +241,12 @@ def _ngrams(words: Sequence[str]):
     """Sparse [words, buckets], rows of length one."""
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    return HashingVectorizer(analyzer=partial(_word_ngrams), n_features=_BUCKETS, alternate_sign=False).transform(words)
+    return HashingVectorizer(analyzer=_word_ngrams, n_features=_BUCKETS, alternate_sign=False).transform(words)
 
 
 def _word_ngrams(word: str) -> list[str]:
     padded = f" {word} "
-    return [padded] + [
+    return [padded] * _WHOLE + [
         padded[start : start + size]
         for size in range(_NGRAMS[0], _NGRAMS[1] + 1)
         for start in range(len(padded) - size + 1)
@@ -208,21 +258,20 @@ def _scale(number_of_words: int) -> float:
 
 
 def _regression(features, target: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [labels, buckets] and [labels]: each dialect against the rest."""
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(C=10, max_iter=300).fit(features, target, weight)
-    coefficients, bias = model.coef_.astype(np.float32), model.intercept_.astype(np.float32)
-    if len(model.classes_) == 2:  # scikit-learn keeps one row of two
-        coefficients, bias = np.concatenate([-coefficients, coefficients]) / 2, np.concatenate([-bias, bias]) / 2
-    return coefficients, bias
+    models = [
+        LogisticRegression(C=3, solver="liblinear", tol=1e-3).fit(features, target == label, weight)
+        for label in np.unique(target)
+    ]
+    bias = np.array([model.intercept_[0] for model in models], dtype=np.float32)
+    return np.concatenate([model.coef_ for model in models]).astype(np.float32), bias
 
 
 def _held_out_logits(features, target: np.ndarray, weight: np.ndarray, groups: Sequence[str] | None) -> np.ndarray:
     """[texts, labels]: of each text, by a model that has seen neither it nor its group."""
-    names = [str(place) for place in range(len(target))] if groups is None else groups
-    order = {name: place for place, name in enumerate(dict.fromkeys(names))}
-    folds = np.random.default_rng(0).permutation(len(order)) % _FOLDS
-    fold = np.array([folds[order[name]] for name in names])
+    fold = _fold_of([str(place) for place in range(len(target))] if groups is None else groups)
     logits = np.zeros((len(target), target.max() + 1))
     for number in range(_FOLDS):
         test = fold == number
@@ -233,6 +282,13 @@ def _held_out_logits(features, target: np.ndarray, weight: np.ndarray, groups: S
         logits[test] = -50  # a dialect that is only in this fold
         logits[np.ix_(test, seen)] = features[test] @ coefficients.T + bias
     return logits
+
+
+def _fold_of(groups: Sequence[str]) -> np.ndarray:
+    """The fold of each text: texts of a group have the same."""
+    order = {name: place for place, name in enumerate(dict.fromkeys(groups))}
+    folds = np.random.default_rng(0).permutation(len(order)) % _FOLDS
+    return np.array([folds[order[name]] for name in groups])
 
 
 def _temperature(logits: np.ndarray, target: np.ndarray, weight: np.ndarray) -> float:

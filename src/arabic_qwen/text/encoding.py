@@ -72,9 +72,8 @@ class _Cp1256AsCp1252:
         return bytes(map(_CP1252.__getitem__, run)).decode("cp1256")
 
 
-_UTF8_AS_CP1256 = _Utf8As(_CP1256)
-_MISTAKES = [_Utf8As(_CP1252), _UTF8_AS_CP1256, _Cp1256AsCp1252()]
-_WESTERN = re.compile("[À-ÿ]")  # the two others need such letters
+_MISTAKES: list[_Utf8As | _Cp1256AsCp1252] = [_Utf8As(_CP1252), _Utf8As(_CP1256), _Cp1256AsCp1252()]
+_WESTERN = re.compile("[À-ÿ]")  # the first and the last need such letters
 
 
 def repair_mojibake(text: str) -> str:
@@ -91,7 +90,7 @@ def mojibake_share(text: str) -> float:
 
 def _repair(text: str) -> tuple[str, int]:
     """The repaired text, and how many of its characters were wrong."""
-    for mistake in _MISTAKES if _WESTERN.search(text) else [_UTF8_AS_CP1256]:
+    for mistake in _MISTAKES if _WESTERN.search(text) else _MISTAKES[1:2]:
         if not mistake.found(text):
             continue
         wrong = 0
