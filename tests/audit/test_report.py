@@ -10,12 +10,16 @@ from hypothesis import strategies as st
 
 from arabic_qwen.audit.check import Audit
 from arabic_qwen.audit.findings import CODES, Finding
-from arabic_qwen.audit.report import check_target, score, write_html, write_statistics_html
+from arabic_qwen.audit.report import _KINDS, check_target, score, write_html, write_statistics_html
 from arabic_qwen.audit.statistics import RowTexts, Statistics
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.text.dialects import Prediction
 
 HOSTILE = "\"'></blockquote><script>alert(1)</script><img src=x onerror=alert(2)>\u202eعكس\u200f \x00\ud800&lt;"
+
+
+def test_every_kind_of_finding_has_an_arabic_title():
+    assert _KINDS.keys() == CODES.keys()
 
 
 class Alternating:

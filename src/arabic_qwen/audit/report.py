@@ -165,7 +165,7 @@ def _finding(code: str, number: int, rows: int, examples: list[Finding]) -> str:
         for found in examples
     )
     return (
-        f'<details class="{kind.level}"><summary><b>{_KINDS.get(code, "")}</b> '
+        f'<details class="{kind.level}"><summary><b>{_KINDS[code]}</b> '
         f'<span lang="en" dir="ltr">{escape(kind.title)}</span>'
         f'<data dir="ltr">{number:,}</data>{_meter(number / max(1, rows))}</summary>\n'
         f'<p lang="en" dir="ltr">{escape(kind.remedy)}{" (data fix does it)" if kind.fixed else ""}</p>\n'
