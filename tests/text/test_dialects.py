@@ -149,6 +149,13 @@ def test_held_out_texts_are_of_unseen_groups():
     assert {prediction.dialect for prediction in predictions} <= {"EGY", "GLF", UNKNOWN}
 
 
+def test_nothing_is_held_out_from_one_dialect():
+    predictions = held_out_predictions(
+        EGYPTIAN + GULF, ["EGY"] * len(EGYPTIAN) + ["GLF"] * len(GULF), [*"e" * 15, *"g" * 15]
+    )
+    assert set(predictions) == {Prediction(UNKNOWN, 0.0)}
+
+
 def test_score():
     truth = ["EGY", "EGY", "EGY", "GLF"]
     egyptian, gulf = score(truth, [Prediction(name, 1.0) for name in ("EGY", UNKNOWN, "GLF", "GLF")])

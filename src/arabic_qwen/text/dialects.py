@@ -184,6 +184,8 @@ def held_out_predictions(
 ) -> list[Prediction]:
     """What classifiers that have seen neither a text nor its group say of it: five folds, arguments as :func:`fit`.
 
+    Where the other groups are all of one dialect, there is no such classifier: unknown.
+
     Raises:
         DatasetError: as :func:`fit`, of any fold.
     """
@@ -191,6 +193,8 @@ def held_out_predictions(
     predictions = [Prediction(UNKNOWN, 0.0)] * len(texts)
     for number in np.unique(fold):
         train, test = np.flatnonzero(fold != number).tolist(), np.flatnonzero(fold == number).tolist()
+        if len({labels[place] for place in train}) < 2:
+            continue
         classifier = fit(
             [texts[place] for place in train],
             [labels[place] for place in train],
