@@ -150,7 +150,7 @@ class Duplicates:
                     and self._kinds[row] == self._kinds[original]
                     and _jaccard(answers[row], answers[original]) >= _SIMILAR_ANSWERS
                 ):
-                    yield Copy(row, original, similarity)
+                    yield Copy(row, original, min(similarity, 0.99))  # an estimate of 1 does not make them equal
 
 
 def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
