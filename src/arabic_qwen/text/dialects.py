@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from arabic_qwen.errors import ConfigurationError, DatasetError
-from arabic_qwen.text.normalization import normalize
+from arabic_qwen.text.normalization import fold
 from arabic_qwen.text.rules import in_other_language
 from arabic_qwen.text.spans import hide_spans
 
@@ -28,6 +28,7 @@ _NGRAMS = (3, 5)  # characters, the spaces around a word included
 _WHOLE = 3  # a whole word counts as much as so many n-grams
 _BUCKETS = 2**17  # that n-grams are hashed into
 _WORDS = (3, 200)  # Arabic words of a text: with fewer it is unknown, more are not looked at
+_SURE = 0.6  # no dialect is named below it: texts of other kinds than those of the training are told less well
 _FOLDS = 5
 _CACHED_WORDS = 500_000
 _WORD = re.compile("[ء-ي\u0671-\u06d3]+")
@@ -46,7 +47,7 @@ def arabic_words(text: str) -> list[str]:
     """The Arabic words that tell a dialect, spelling folded; none where the text is mostly something else."""
     prose, _ = hide_spans(text[:20_000])
     prose = "\n".join(line for line in prose.split("\n") if not in_other_language(line))
-    words = _WORD.findall(_STRETCHED.sub(r"\1", normalize(prose, "compare")))
+    words = _WORD.findall(_STRETCHED.sub(r"\1", fold(prose)))
     enough = _WORDS[0] <= len(words) >= len(_LATIN_WORD.findall(prose))
     return words[: _WORDS[1]] if enough else []
 
@@ -315,7 +316,7 @@ def _thresholds(probabilities: np.ndarray, target: np.ndarray, weight: np.ndarra
         right = np.cumsum(weight[named] * (target[named] == label)) / np.cumsum(weight[named])
         precise = np.flatnonzero(right >= PRECISION)
         if len(precise):
-            thresholds[label] = max(0.5, probabilities[named[precise[-1]], label])
+            thresholds[label] = max(_SURE, probabilities[named[precise[-1]], label])
     return thresholds
 
 
