@@ -178,13 +178,14 @@ def _statistics(statistics: Statistics, copies: dict[str, float]) -> list[str]:
     sides = [side for side in _SIDES if statistics.sides[side].count]
     texts = {side: statistics.sides[side] for side in sides}
     scripts = {side: texts[side].scripts() for side in sides}
-    main = Counter({name: share for shares in scripts.values() for name, share in shares.items()})
+    most: Counter[str] = sum(map(Counter, scripts.values()), Counter())
     dialects = {side: _shares(texts[side].dialects) for side in sides}
+    spoken = [name for name in (*DIALECTS, UNKNOWN) if any(name in shares for shares in dialects.values())]
     sections = [
         _section("الأطوال بالكلمات", "Lengths in words", _lengths(statistics)),
         _section("التكرار", "Duplicates", _bars({"": copies}, list(copies))),
-        _section("الكتابة", "Script of the letters", _bars(scripts, [name for name, _ in main.most_common(_NAMES)])),
-        _section("اللهجة", "Dialect", _bars(dialects, [name for name in (*DIALECTS, UNKNOWN) if _any(dialects, name)])),
+        _section("الكتابة", "Script of the letters", _bars(scripts, [name for name, _ in most.most_common(_NAMES)])),
+        _section("اللهجة", "Dialect", _bars(dialects, spoken)),
     ]
     if statistics.drift_share is not None:
         sections.append(_section("انزياح اللهجة", "Dialect of prompt and answer", _drift(statistics)))
@@ -194,10 +195,6 @@ def _statistics(statistics: Statistics, copies: dict[str, float]) -> list[str]:
 
 def _shares(counts: Counter[str]) -> dict[str, float]:
     return {name: count / counts.total() for name, count in counts.items()}
-
-
-def _any(sides: dict[str, dict[str, float]], name: str) -> bool:
-    return any(name in shares for shares in sides.values())
 
 
 def _meter(share: float, side: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
@@ -54,7 +55,7 @@ def statistics_tables(statistics: Statistics) -> list[RenderableType]:
 
     shares = _table("", sides)
     scripts = {name: texts.scripts() for name, texts in sides.items()}
-    most = Counter({script: share for side in scripts.values() for script, share in side.items()})
+    most: Counter[str] = sum(map(Counter, scripts.values()), Counter())
     kinds = {
         "script": ([script for script, _ in most.most_common(_SCRIPTS_SHOWN)], scripts),
         "dialect": (
@@ -159,5 +160,15 @@ def _worst(costs: dict[str, TokenCost]) -> Iterable[RenderableType]:
         table = _table("tokens", ["times", "word", "pieces"])
         table.columns[0].justify = "right"
         for word in cost.worst:
-            table.add_row(str(word.tokens), f"{word.times:,}", isolated(word.word), isolated(" · ".join(word.pieces)))
+            table.add_row(
+                str(word.tokens),
+                f"{word.times:,}",
+                isolated(word.word),
+                isolated(" · ".join(map(_visible, word.pieces))),
+            )
         yield from ("", Text(f"cut up worst by {name}", style="bold"), table)
+
+
+def _visible(piece: str) -> str:
+    """A piece that begins with a diacritic needs something to carry it."""
+    return "◌" + piece if unicodedata.combining(piece[0]) else piece
