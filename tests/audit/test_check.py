@@ -49,6 +49,14 @@ def test_findings_are_in_the_order_of_files_and_lines(planted):
     assert places == sorted(places, key=lambda place: (order.index(place[0]), place[1]))
 
 
+def test_findings_are_in_the_order_in_which_files_are_given(tmp_path):
+    files = [
+        write(tmp_path / "b.jsonl", [clean_row(1), clean_row(1)]),  # found at the end only
+        write(tmp_path / "a.jsonl", [{"instruction": "من؟", "response": ""}]),
+    ]
+    assert [finding.code for finding in check(files).findings] == ["duplicate", "empty_answer"]
+
+
 def test_counts_are_complete_where_fewer_findings_are_kept(tmp_path):
     file = write(tmp_path / "a.jsonl", [{"instruction": f"سؤال {i}", "response": ""} for i in range(5)])
     audit = check([file], keep=2)

@@ -108,3 +108,9 @@ def test_the_estimate_is_close_to_the_jaccard_similarity():
         near |= {2 * number + 1} if copies else set()
     inside, _ = find(rows)
     assert {row for row, *_ in inside} == near
+
+
+def test_an_estimate_of_one_makes_no_copy_equal():
+    text = words(random.Random(0), 1000)
+    inside, _ = find([("اشرح.", " ".join(text)), ("اشرح.", " ".join([*text, "أخير"]))])
+    assert inside == [(1, 0, 0.99)]

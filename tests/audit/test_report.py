@@ -1,19 +1,25 @@
+import errno
 import re
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arabic_qwen.audit.check import Audit
 from arabic_qwen.audit.findings import CODES, Finding
-from arabic_qwen.audit.report import check_target, score, write_html, write_statistics_html
+from arabic_qwen.audit.report import _KINDS, check_target, score, write_html, write_statistics_html
 from arabic_qwen.audit.statistics import RowTexts, Statistics
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.text.dialects import Prediction
 
 HOSTILE = "\"'></blockquote><script>alert(1)</script><img src=x onerror=alert(2)>\u202eعكس\u200f \x00\ud800&lt;"
+
+
+def test_every_kind_of_finding_has_an_arabic_title():
+    assert _KINDS.keys() == CODES.keys()
 
 
 class Alternating:
@@ -83,6 +89,7 @@ def test_hostile_text_is_shown_and_does_not_run(tmp_path):
     assert not re.search("[\u202e\u200f\x00]", page)
 
 
+@settings(max_examples=30)
 @given(st.text())
 def test_any_text_gives_a_well_formed_page(tmp_path_factory, text):
     Checked(page_of(an_audit(text, 1), tmp_path_factory.mktemp("page")))
@@ -145,3 +152,13 @@ def test_only_a_page_of_ours_is_overwritten(tmp_path):
     with pytest.raises(ConfigurationError):
         write_html(an_audit(), other)
     assert other.read_text(encoding="utf-8") == "<p>mine"
+
+
+def test_a_page_that_cannot_be_written_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(ConfigurationError, match=r"a\.html: cannot be written \(No space left on device\)"):
+        write_html(an_audit(), tmp_path / "a.html")
+    assert not list(tmp_path.iterdir())

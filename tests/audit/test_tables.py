@@ -55,3 +55,10 @@ def test_token_cost_says_what_changes_and_what_was_sampled():
     assert "cut up worst by b" in text and "قسطنطينية" in text
     text = shown(tokens_tables(token_cost(["نعم"], {"a": tokenizer}, ByFirstLetter()), Sample(rows=1, chosen=rows)))
     assert "no rule changes anything" in text
+
+
+def test_scripts_are_ordered_by_all_sides():
+    statistics = Statistics(ByFirstLetter())
+    statistics.add([RowTexts("hello there", ("مرحبا x", "нет"))])
+    text = shown(statistics_tables(statistics))
+    assert text.index("  Latin") < text.index("  Cyrillic") < text.index("  Arabic")

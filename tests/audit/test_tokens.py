@@ -102,7 +102,10 @@ def test_no_texts_cost_nothing(tiny):
 def test_a_tokenizer_needs_no_model_and_a_missing_one_is_named(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert count("مصر", load_any_tokenizer(str(tmp_path))) == count("مصر", tokenizer)
-    (tmp_path / "empty").mkdir()
-    for name in (str(tmp_path / "none"), str(tmp_path / "empty")):
+    for name, files in {"empty": {}, "config": {"config.json": '{"model_type": "qwen2"}'}}.items():
+        (tmp_path / name).mkdir()
+        for file, text in files.items():
+            (tmp_path / name / file).write_text(text, encoding="utf-8")
+    for name in (str(tmp_path / "none"), str(tmp_path / "empty"), str(tmp_path / "config")):
         with pytest.raises(ModelLoadError, match=name):
             load_any_tokenizer(name)

@@ -9,7 +9,7 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 
 from arabic_qwen.audit.text_checks import Found, around
-from arabic_qwen.text.normalization import normalize
+from arabic_qwen.text.normalization import fold
 from arabic_qwen.text.scripts import script_shares
 from arabic_qwen.text.spans import hide_spans
 
@@ -59,17 +59,9 @@ def answer_findings(prompt: str, answer: str, context: str) -> Iterator[Found]:
     yield from _leak(asked, prompt, answer)
 
 
-@lru_cache(maxsize=4000)  # prompt and answer are needed several times while a batch of rows is checked
-def fold(text: str) -> str:
-    """The text in the spelling of profile `compare`."""
-    return normalize(text, "compare")
-
-
 def _script(asked: str, prompt: str, answer: str) -> Iterator[Found]:
     """`asked` is folded text."""
-    if _OTHER_LANGUAGE.search(asked):
-        return
-    if not _OTHER_LETTER.search(answer):
+    if not _OTHER_LETTER.search(answer) or _OTHER_LANGUAGE.search(asked):
         return
     shares = script_shares(answer)
     arabic = shares.get("Arabic", 0.0)

@@ -101,7 +101,6 @@ class _Doctor:
         self.audit.counts[code] += 1
         self.audit.errors += level == "error"
         file, line = place_of(where)
-        self._order.setdefault(file, len(self._order))
         if self._keep is None or self._kept[code] < self._keep:
             self._kept[code] += 1
             self.audit.findings.append(Finding(code, level, file, line, found.message, found.example))
@@ -110,6 +109,7 @@ class _Doctor:
         sound: list[tuple[int, str, Conversation]] = []  # (file, place, row)
         for file, row in batch:
             self.audit.rows += 1
+            self._order.setdefault(place_of(row.where)[0], len(self._order))
             if isinstance(row, BadRow):
                 self._add(row.where, Found("broken_row", row.reason, _one_line(row.row)))
                 continue

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from datasketch import MinHash
 
-from arabic_qwen.audit.answer_checks import fold
+from arabic_qwen.text.normalization import fold
 
 #: Rows whose word trigrams have at least this Jaccard similarity, as their MinHash signatures estimate it.
 SIMILAR = 0.8
@@ -150,7 +150,7 @@ class Duplicates:
                     and self._kinds[row] == self._kinds[original]
                     and _jaccard(answers[row], answers[original]) >= _SIMILAR_ANSWERS
                 ):
-                    yield Copy(row, original, similarity)
+                    yield Copy(row, original, min(similarity, 0.99))  # an estimate of 1 does not make them equal
 
 
 def _jaccard(a: np.ndarray, b: np.ndarray) -> float:

@@ -137,15 +137,12 @@ class _Fixer:
         """The repaired row and what was changed. Raises RowError where the row is to be left out."""
         self._method = self._method or method_of(given)
         values, codes = canonical(given)
-        changes: list[Change] = (
-            [
-                (codes[0], column, given[column], values[column])
-                for column in values
-                if values[column] is not given[column]
-            ]
-            if codes
-            else []
-        )
+        values = values if codes else given  # a list of one answer is fine
+        changes: list[Change] = [
+            (codes[0], column, given[column], values[column])
+            for column in values
+            if values[column] is not given[column]
+        ]
         values, made = _repair_texts(values)
         changes += made
         try:

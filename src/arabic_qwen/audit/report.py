@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -74,9 +73,12 @@ def score(audit: Audit) -> int:
 def check_target(path: Path) -> None:
     """Raise ConfigurationError where a page cannot be written to `path`; an earlier page may be overwritten."""
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ConfigurationError(f"--html {path}: its folder does not exist, or it is one; name a file in a folder")
-    if path.exists() and _MARK.encode() not in path.read_bytes()[:500]:
-        raise ConfigurationError(f"--html {path}: exists and is no report of this command; name another file")
+        raise ConfigurationError(f"--html {path}: is a folder, or its folder does not exist; name a file")
+    if path.exists():
+        with path.open("rb") as file:
+            ours = _MARK.encode() in file.read(500)
+        if not ours:
+            raise ConfigurationError(f"--html {path}: exists and is no report of this command; name another file")
 
 
 def write_html(audit: Audit, path: Path) -> None:
@@ -87,12 +89,17 @@ def write_html(audit: Audit, path: Path) -> None:
         f"<span>من 100 <small lang=en dir=ltr>of 100</small></span>{_meter(value / 100)}</div>",
         _section("المشكلات", "Findings", _findings(audit)),
     ]
-    _write("فحص البيانات", "Data check", audit.files, [*found, *_statistics(audit.statistics, audit.counts)], path)
+    copies = {
+        name: min(1.0, audit.counts[code] / max(1, audit.rows))
+        for name, code in (("copies", "duplicate"), ("nearly copies", "near_duplicate"))
+    }
+    _write("فحص البيانات", "Data check", audit.files, [*found, *_statistics(audit.statistics, copies)], path)
 
 
 def write_statistics_html(statistics: Statistics, names: Sequence[str], path: Path) -> None:
     """Write a page of the statistics of the data of these names."""
-    _write("إحصاءات البيانات", "Data statistics", names, _statistics(statistics, Counter()), path)
+    sections = _statistics(statistics, {"copies": statistics.duplicate_share})
+    _write("إحصاءات البيانات", "Data statistics", names, sections, path)
 
 
 def _write(arabic: str, english: str, names: Sequence[str], sections: Iterable[str], path: Path) -> None:
@@ -119,8 +126,12 @@ def _write(arabic: str, english: str, names: Sequence[str], sections: Iterable[s
 </html>
 """
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_text(page, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise ConfigurationError(f"--html {path}: cannot be written ({error.strerror}); name another file") from None
 
 
 def _text(text: str) -> str:
@@ -154,7 +165,7 @@ def _finding(code: str, number: int, rows: int, examples: list[Finding]) -> str:
         for found in examples
     )
     return (
-        f'<details class="{kind.level}"><summary><b>{_KINDS.get(code, "")}</b> '
+        f'<details class="{kind.level}"><summary><b>{_KINDS[code]}</b> '
         f'<span lang="en" dir="ltr">{escape(kind.title)}</span>'
         f'<data dir="ltr">{number:,}</data>{_meter(number / max(1, rows))}</summary>\n'
         f'<p lang="en" dir="ltr">{escape(kind.remedy)}{" (data fix does it)" if kind.fixed else ""}</p>\n'
@@ -162,21 +173,19 @@ def _finding(code: str, number: int, rows: int, examples: list[Finding]) -> str:
     )
 
 
-def _statistics(statistics: Statistics, found: Counter[str]) -> list[str]:
-    """The sections on lengths, copies, scripts, dialects and diacritics."""
+def _statistics(statistics: Statistics, copies: dict[str, float]) -> list[str]:
+    """The sections on lengths, copies (shares of the rows), scripts, dialects and diacritics."""
     sides = [side for side in _SIDES if statistics.sides[side].count]
     texts = {side: statistics.sides[side] for side in sides}
     scripts = {side: texts[side].scripts() for side in sides}
-    main = Counter({name: share for shares in scripts.values() for name, share in shares.items()})
+    most: Counter[str] = sum(map(Counter, scripts.values()), Counter())
     dialects = {side: _shares(texts[side].dialects) for side in sides}
-    copies = {"copies": statistics.duplicate_share}
-    if near := found["near_duplicate"]:
-        copies["nearly copies"] = min(1.0, near / max(1, statistics.rows))
+    spoken = [name for name in (*DIALECTS, UNKNOWN) if any(name in shares for shares in dialects.values())]
     sections = [
         _section("الأطوال بالكلمات", "Lengths in words", _lengths(statistics)),
         _section("التكرار", "Duplicates", _bars({"": copies}, list(copies))),
-        _section("الكتابة", "Script of the letters", _bars(scripts, [name for name, _ in main.most_common(_NAMES)])),
-        _section("اللهجة", "Dialect", _bars(dialects, [name for name in (*DIALECTS, UNKNOWN) if _any(dialects, name)])),
+        _section("الكتابة", "Script of the letters", _bars(scripts, [name for name, _ in most.most_common(_NAMES)])),
+        _section("اللهجة", "Dialect", _bars(dialects, spoken)),
     ]
     if statistics.drift_share is not None:
         sections.append(_section("انزياح اللهجة", "Dialect of prompt and answer", _drift(statistics)))
@@ -186,10 +195,6 @@ def _statistics(statistics: Statistics, found: Counter[str]) -> list[str]:
 
 def _shares(counts: Counter[str]) -> dict[str, float]:
     return {name: count / counts.total() for name, count in counts.items()}
-
-
-def _any(sides: dict[str, dict[str, float]], name: str) -> bool:
-    return any(name in shares for shares in sides.values())
 
 
 def _meter(share: float, side: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
@@ -54,7 +55,7 @@ def statistics_tables(statistics: Statistics) -> list[RenderableType]:
 
     shares = _table("", sides)
     scripts = {name: texts.scripts() for name, texts in sides.items()}
-    most = Counter({script: share for side in scripts.values() for script, share in side.items()})
+    most: Counter[str] = sum(map(Counter, scripts.values()), Counter())
     kinds = {
         "script": ([script for script, _ in most.most_common(_SCRIPTS_SHOWN)], scripts),
         "dialect": (
@@ -93,7 +94,11 @@ def _drift(statistics: Statistics) -> list[RenderableType]:
     for prompt in prompts:
         counts = [statistics.drift[prompt, answer] for answer in answers]
         table.add_row(prompt, *[f"{number:,}" if number else "·" for number in counts])
-    return [table, f"{statistics.drift_share:.1%} of answers in another dialect than their prompt, where both are known", ""]
+    return [
+        table,
+        f"{statistics.drift_share:.1%} of answers in another dialect than their prompt, where both are known",
+        "",
+    ]
 
 
 def _answer_lengths(statistics: Statistics) -> RenderableType:
@@ -155,5 +160,15 @@ def _worst(costs: dict[str, TokenCost]) -> Iterable[RenderableType]:
         table = _table("tokens", ["times", "word", "pieces"])
         table.columns[0].justify = "right"
         for word in cost.worst:
-            table.add_row(str(word.tokens), f"{word.times:,}", isolated(word.word), isolated(" · ".join(word.pieces)))
+            table.add_row(
+                str(word.tokens),
+                f"{word.times:,}",
+                isolated(word.word),
+                isolated(" · ".join(map(_visible, word.pieces))),
+            )
         yield from ("", Text(f"cut up worst by {name}", style="bold"), table)
+
+
+def _visible(piece: str) -> str:
+    """A piece that begins with a diacritic needs something to carry it."""
+    return "◌" + piece if unicodedata.combining(piece[0]) else piece

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from arabic_qwen.audit.statistics import diacritic_kinds
-from arabic_qwen.models.sources import load_error, locate_on_hub, resolve_model_name
+from arabic_qwen.errors import ModelLoadError
+from arabic_qwen.models.sources import locate_on_hub, one_line, resolve_model_name
 from arabic_qwen.text.dialects import DialectClassifier, load_classifier
 from arabic_qwen.text.normalization import normalize
 from arabic_qwen.text.rules import TRAIN, Setting
@@ -108,9 +109,15 @@ def load_any_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if not Path(path).is_dir():
         path = locate_on_hub(name)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        reason = "its files are missing"
     except Exception as error:
-        raise load_error(name, "tokenizer", error) from error
+        tokenizer, reason = None, one_line(error)
+    if not tokenizer or len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of no files
+        raise ModelLoadError(
+            f"{name}: the tokenizer cannot be loaded ({reason}); give a folder with tokenizer.json, or a hub id"
+        )
+    return tokenizer
 
 
 def token_cost(

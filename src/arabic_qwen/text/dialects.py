@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from arabic_qwen.errors import ConfigurationError, DatasetError
-from arabic_qwen.text.normalization import normalize
+from arabic_qwen.text.normalization import fold
 from arabic_qwen.text.rules import in_other_language
 from arabic_qwen.text.spans import hide_spans
 
@@ -47,7 +47,7 @@ def arabic_words(text: str) -> list[str]:
     """The Arabic words that tell a dialect, spelling folded; none where the text is mostly something else."""
     prose, _ = hide_spans(text[:20_000])
     prose = "\n".join(line for line in prose.split("\n") if not in_other_language(line))
-    words = _WORD.findall(_STRETCHED.sub(r"\1", normalize(prose, "compare")))
+    words = _WORD.findall(_STRETCHED.sub(r"\1", fold(prose)))
     enough = _WORDS[0] <= len(words) >= len(_LATIN_WORD.findall(prose))
     return words[: _WORDS[1]] if enough else []
 

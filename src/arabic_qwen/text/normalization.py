@@ -33,6 +33,12 @@ def normalize(text: str, profile: str = "train", **rules: Setting) -> str:
     return _apply(text, profile, _steps(profile, frozenset(rules.items())))
 
 
+@lru_cache(maxsize=4000)  # checks, duplicates and dialects of a batch of rows all compare the same texts
+def fold(text: str) -> str:
+    """`normalize(text, "compare")`, remembered for the latest texts."""
+    return normalize(text, "compare")
+
+
 def normalization_report(
     texts: Iterable[str], profile: str = "train", *, examples: int = 3, **rules: Setting
 ) -> dict[str, RuleReport]:
