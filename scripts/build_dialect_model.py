@@ -1,17 +1,16 @@
 """Train the dialect classifier that comes with the package, and print how well it does on text it has not seen.
 
-    apt-get download mediawiki && dpkg -x mediawiki_*.deb mediawiki
-    python scripts/build_dialect_model.py mediawiki
+    python scripts/build_dialect_model.py [--mediawiki FOLDER]
 
-Sources: `dialect_sentences/`, written for this project, where line n says the same in every dialect; the prose of
-`corpus/`, written for it by somebody else; and translations of MediaWiki's interface (GPL-2.0-or-later; Debian's
-package 1.39.17), of which no text is shipped.
+Sources: `dialect_sentences/`, written for this project, where line n says the same in every dialect, and the prose of
+`corpus/`, written for it by somebody else. Translations of MediaWiki's interface are for testing only, since they are
+under the GPL: `apt-get download mediawiki && dpkg -x mediawiki_*.deb FOLDER` (the table in docs is of 1.39.17).
 """
 
 import argparse
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,6 @@ import numpy as np
 
 from arabic_qwen.text.dialects import (
     DIALECTS,
-    DialectClassifier,
     Prediction,
     arabic_words,
     fit,
@@ -32,7 +30,6 @@ MODEL = ROOT / "src" / "arabic_qwen" / "assets" / "dialects.safetensors"
 SENTENCES = ROOT / "scripts" / "dialect_sentences"
 PROSE = {"msa": "MSA", "egyptian": "EGY", "levantine": "LEV", "gulf": "GLF", "maghrebi": "MAG"}
 MEDIAWIKI = {"ar": "MSA", "arz": "EGY", "apc": "LEV", "ary": "MAG", "arq": "MAG", "aeb-arab": "MAG", "acm": "IRQ"}
-WEIGHTS = {"core": 0.05, "extensions": 0.05}  # many, in one register, and of mixed quality
 
 _MARKUP = re.compile(
     r"\{\{.*?\}\}|\[\[(?:[^]|]*\|)?([^]]*)\]\]|\[\S+ ([^]]*)\]|<[^>]*>|\$\d|'{2,}|https?://\S+|[#*=|{}\[\]]"
@@ -42,7 +39,6 @@ _MARKUP = re.compile(
 class Text(NamedTuple):
     text: str
     dialect: str
-    source: str  # sentences, prose, core (MediaWiki itself) or extensions
     group: str  # texts of one group are never on both sides of a split
 
 
@@ -50,7 +46,7 @@ def sentences(folder: Path = SENTENCES) -> list[Text]:
     found = []
     for dialect in DIALECTS:
         lines = (folder / f"{dialect}.txt").read_text(encoding="utf-8").splitlines()
-        found += [Text(line, dialect, "sentences", f"sentence {number}") for number, line in enumerate(lines)]
+        found += [Text(line, dialect, f"sentence {number}") for number, line in enumerate(lines)]
     return found
 
 
@@ -58,7 +54,7 @@ def prose() -> list[Text]:
     found = []
     for name, dialect in PROSE.items():
         lines = (ROOT / "scripts" / "corpus" / f"prose_{name}.txt").read_text(encoding="utf-8").splitlines()
-        found += [Text(line, dialect, "prose", f"{name} {number}") for number, line in enumerate(lines)]
+        found += [Text(line, dialect, f"{name} {number}") for number, line in enumerate(lines)]
     return found
 
 
@@ -71,10 +67,9 @@ def mediawiki(folder: Path, standard_words: set[str]) -> list[Text]:
     for code in MEDIAWIKI:
         for path in sorted(folder.rglob(f"i18n/**/{code}.json")):
             place = path.parent.relative_to(folder).as_posix()
-            source = "core" if place.endswith("mediawiki/languages/i18n") else "extensions"
             for key, text in json.loads(path.read_text(encoding="utf-8")).items():
                 if isinstance(text, str):
-                    catalogues[code][f"{source}/{key}"] = _MARKUP.sub(lambda m: f" {m[1] or m[2] or ''} ", text)
+                    catalogues[code][f"{place}/{key}"] = _MARKUP.sub(lambda m: f" {m[1] or m[2] or ''} ", text)
     standard_words = standard_words.union(*(arabic_words(text) for text in catalogues["ar"].values()))
     found, seen = [], set()
     for code in sorted(MEDIAWIKI, key=lambda code: code == "ar"):
@@ -85,20 +80,14 @@ def mediawiki(folder: Path, standard_words: set[str]) -> list[Text]:
             if code != "ar" and len(set(words) - standard_words) < 2:
                 continue
             seen.add(tuple(words))
-            source, name = key.split("/", 1)
-            found.append(Text(" ".join(words), MEDIAWIKI[code], source, f"{source} {name}"))
+            found.append(Text(" ".join(words), MEDIAWIKI[code], key))
     translated = {text.group for text in found if text.dialect != "MSA"}
     return [text for text in found if text.dialect != "MSA" or text.group in translated]
 
 
-def columns(texts: list[Text]) -> tuple[list[str], list[str], list[str], list[float]]:
-    """Texts, labels, groups and weights."""
-    weights = [WEIGHTS.get(text.source, 1.0) for text in texts]
-    return [t.text for t in texts], [t.dialect for t in texts], [t.group for t in texts], weights
-
-
-def train(texts: list[Text]) -> DialectClassifier:
-    return fit(*columns(texts))
+def columns(texts: list[Text]) -> tuple[list[str], list[str], list[str]]:
+    """Texts, labels and groups."""
+    return [text.text for text in texts], [text.dialect for text in texts], [text.group for text in texts]
 
 
 def report(title: str, texts: list[Text], predictions: list[Prediction]) -> None:
@@ -111,27 +100,24 @@ def report(title: str, texts: list[Text], predictions: list[Prediction]) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mediawiki", type=Path, help="folder of the unpacked package")
+    parser.add_argument("--mediawiki", type=Path, help="folder of the unpacked package, to test on")
     parser.add_argument("--output", type=Path, default=MODEL)
     arguments = parser.parse_args()
 
     own, other = sentences(), prose()
-    standard = {word for text in own + other if text.dialect == "MSA" for word in arabic_words(text.text)}
-    translations = mediawiki(arguments.mediawiki, standard)
-    texts = own + other + translations
-    for source in ("sentences", "prose", "core", "extensions"):
-        print(source, dict(Counter(text.dialect for text in texts if text.source == source)))
-
-    unseen = held_out_predictions(*columns(texts))
-    report("sentences, lines not seen in any dialect", own, unseen[: len(own)])
-    report("prose, none of it seen", other, train(own + translations).predict(columns(other)[0]))
-    report("MediaWiki, none of it seen", translations, train(own + other).predict(columns(translations)[0]))
-
-    model = train(texts)
+    model = fit(*columns(own + other))
     model.save(arguments.output)
-    print(f"\n{arguments.output}: {arguments.output.stat().st_size:,} bytes")
+    print(f"{arguments.output}: {arguments.output.stat().st_size:,} bytes")
     for dialect, threshold in zip(model.labels, model.thresholds, strict=True):
         print(f"{dialect} from probability {threshold:.2f}")
+
+    unseen = held_out_predictions(*columns(own + other))
+    report("sentences, lines not seen in any dialect", own, unseen[: len(own)])
+    report("prose, none of it seen", other, fit(*columns(own)).predict(columns(other)[0]))
+    if arguments.mediawiki:
+        standard = {word for text in own + other if text.dialect == "MSA" for word in arabic_words(text.text)}
+        translations = mediawiki(arguments.mediawiki, standard)
+        report("MediaWiki, none of it seen", translations, model.predict(columns(translations)[0]))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_commands_run(page, workplace):
         if line.startswith("make "):
             assert line.removeprefix("make ") in targets
         else:
-            line = line.replace("python benchmarks/", f"{sys.executable} {ROOT}/benchmarks/")
+            line = re.sub(r"^python (benchmarks|scripts)/", rf"{sys.executable} {ROOT}/\1/", line)
             if line.startswith("arabic-qwen train") and "max_steps" not in line:
                 line += " max_steps=4"  # the command as it is, the training shorter
             run(["bash", "-e", "-o", "pipefail", "-c", line], workplace)

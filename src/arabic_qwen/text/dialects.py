@@ -139,9 +139,8 @@ def fit(
     texts: Sequence[str],
     labels: Sequence[str],
     groups: Sequence[str] | None = None,
-    sample_weight: Sequence[float] | None = None,
 ) -> DialectClassifier:
-    """A classifier of these labelled texts, the same for the same input.
+    """A classifier of these labelled texts, the same for the same input; each dialect counts the same.
 
     Probabilities are calibrated (one temperature), and thresholds chosen for 90 % precision, on texts held out in five
     folds. A dialect that does not reach it is never named.
@@ -149,7 +148,6 @@ def fit(
     Args:
         labels: one of :data:`DIALECTS` for each text.
         groups: texts of one group (a source, a topic) are held out together; default: each by itself.
-        sample_weight: how much each text counts; dialects are balanced besides.
 
     Raises:
         DatasetError: no text with three Arabic words, only one dialect, or a label that is no dialect.
@@ -167,9 +165,7 @@ def fit(
 
     features = _features([words[place] for place in used])
     target = np.array([present.index(labels[place]) for place in used])
-    weight = np.ones(len(used)) if sample_weight is None else np.array([sample_weight[place] for place in used])
-    for label in range(len(present)):
-        weight[target == label] *= len(used) / (len(present) * weight[target == label].sum())
+    weight = (len(used) / len(present) / np.bincount(target))[target]
     held_out = _held_out_logits(features, target, weight, None if groups is None else [groups[p] for p in used])
     temperature = _temperature(held_out, target, weight)
     thresholds = _thresholds(_softmax(held_out / temperature), target, weight)
@@ -181,7 +177,6 @@ def held_out_predictions(
     texts: Sequence[str],
     labels: Sequence[str],
     groups: Sequence[str] | None = None,
-    sample_weight: Sequence[float] | None = None,
 ) -> list[Prediction]:
     """What classifiers that have seen neither a text nor its group say of it: five folds, arguments as :func:`fit`.
 
@@ -200,7 +195,6 @@ def held_out_predictions(
             [texts[place] for place in train],
             [labels[place] for place in train],
             None if groups is None else [groups[place] for place in train],
-            None if sample_weight is None else [sample_weight[place] for place in train],
         )
         for place, prediction in zip(test, classifier.predict([texts[place] for place in test]), strict=True):
             predictions[place] = prediction
