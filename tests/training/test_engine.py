@@ -34,6 +34,7 @@ def sft_config(model_dir, sft_file, output_dir, **values):
         per_device_train_batch_size=2,
         max_steps=3,
         logging_steps=1,
+        eval_samples=0,
     )
     return SFTConfig(**(settings | values))
 
