@@ -41,6 +41,7 @@ class GroupDataset(Sequence):
     prompts_trimmed: int = 0
     rows_changed: int = 0  # by normalising
     changes: Counter[str] = dataclasses.field(default_factory=Counter)  # characters that it changed, by rule
+    dialects: tuple[str, ...] = ()  # the groups' tags count through these, from 1
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> GroupDataset:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import (
-    EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -32,7 +31,8 @@ from arabic_qwen.models import adapters, loading, precision, sources
 from arabic_qwen.models.reference import precompute, reference_policy
 from arabic_qwen.training import checkpoints
 from arabic_qwen.training.arguments import Schedule, resolve_schedule, training_arguments
-from arabic_qwen.training.callbacks import ProgressDisplay, RunLog, StopOnSignal
+from arabic_qwen.training.callbacks import ProgressDisplay, StopOnSignal, run_callbacks
+from arabic_qwen.training.dialects import tag_dialects
 from arabic_qwen.training.engine import PackedTrainer
 from arabic_qwen.training.generation import GenerationMixin
 from arabic_qwen.training.objectives import METHODS
@@ -278,10 +278,13 @@ class BaseTrainer(GenerationMixin):
         Raises:
             DatasetError: a file cannot be read, or has rows that cannot be trained on.
         """
-        return {name: self._for_trainer(split) for name, split in self.get_data_loader().load().items()}
+        splits = self.get_data_loader().load().items()
+        return {name: self._for_trainer(split, held_out=name == "validation") for name, split in splits}
 
-    def _for_trainer(self, split: Any) -> Any:
+    def _for_trainer(self, split: Any, held_out: bool) -> Any:
         if self._get_training_method() in METHODS:
+            if held_out:
+                tag_dialects(split, self.tokenizer, self.config.dialect_model)
             return split
         if isinstance(split, GroupStream):
             raise ConfigurationError(f"streaming: works with {', '.join(METHODS)}; set it to false for other methods")
@@ -305,18 +308,7 @@ class BaseTrainer(GenerationMixin):
 
     def get_callbacks(self) -> list[TrainerCallback]:
         """Progress, metrics file and loss curve, early stopping where it can work, then `config.callbacks`."""
-        own: list[TrainerCallback] = [ProgressDisplay(), RunLog()]
-        given = list(self.config.callbacks)
-        schedule = self._schedule()
-        stoppers = [callback for callback in given if isinstance(callback, EarlyStoppingCallback)]
-        if schedule.evaluation == "no" or not schedule.keep_best:
-            if stoppers:
-                self.logger.warning("Resolved: no early stopping, which needs evaluation and load_best_model_at_end")
-            given = [callback for callback in given if callback not in stoppers]
-        elif not stoppers and self.config.early_stopping_patience is not None:
-            patience, threshold = self.config.early_stopping_patience, self.config.early_stopping_threshold
-            own.append(EarlyStoppingCallback(patience, threshold))
-        return own + given
+        return run_callbacks(self._validated(), self._schedule())
 
     def create_trainer(
         self, dataset: Mapping[str, Any], training_args: TrainingArguments, callbacks: list[TrainerCallback]
@@ -437,7 +429,7 @@ class BaseTrainer(GenerationMixin):
         elif not isinstance(eval_dataset, GroupDataset) and "input_ids" not in getattr(
             eval_dataset, "column_names", ()
         ):
-            split = self._for_trainer(self.get_data_loader().encode(eval_dataset))
+            split = self._for_trainer(self.get_data_loader().encode(eval_dataset), held_out=True)
         if self.trainer is None:
             self.trainer = self.create_trainer({"train": split, "validation": split}, self.get_training_arguments(), [])
             self.trainer.remove_callback(PrinterCallback)
