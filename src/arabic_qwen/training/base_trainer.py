@@ -37,6 +37,7 @@ from arabic_qwen.training.engine import PackedTrainer
 from arabic_qwen.training.generation import GenerationMixin
 from arabic_qwen.training.objectives import METHODS
 from arabic_qwen.training.report import model_card
+from arabic_qwen.training.samples import Samples
 
 _TIMINGS = ("_runtime", "_per_second", "_time")
 
@@ -84,6 +85,7 @@ class BaseTrainer(GenerationMixin):
         self._start: str = ""  # what the model in memory was before its training
         self._model_is_trainable = True
         self.metrics: dict[str, float] = {}
+        self.samples: list[dict[str, Any]] = []  # answers to held-out prompts, by the trained model
         self.logger.info("Initialized %s", self.__class__.__name__)
 
     def _get_training_method(self) -> str:
@@ -148,6 +150,8 @@ class BaseTrainer(GenerationMixin):
             self.data_loader.bad_rows.keep()
         if run.checkpoint:
             self.logger.warning("Going on from %s", run.checkpoint)
+        if isinstance(self.trainer, PackedTrainer) and self.trainer.can_sample and self.config.eval_samples:
+            self.trainer.samples = Samples(self._validated(), self.dataset["validation"], self.tokenizer)
         stop = StopOnSignal()
         self.trainer.add_callback(stop)
         try:
@@ -162,6 +166,9 @@ class BaseTrainer(GenerationMixin):
         self.trainer.remove_callback(MLflowCallback)  # its run has ended; the evaluation would start another
         if "validation" in self.dataset:
             self.evaluate()
+        if isinstance(self.trainer, PackedTrainer) and self.trainer.samples:
+            self.samples = self.trainer.samples.latest
+            self.trainer.samples = None  # later evaluations are not the run's
         self.save_model()
         if self.trainer.is_world_process_zero():
             summary = {"metrics": self.metrics, "train": result.metrics, "data": self._data_summary()}
@@ -371,7 +378,7 @@ class BaseTrainer(GenerationMixin):
         adapter = loading.save_model(self.model, config, folder)
         self.tokenizer.save_pretrained(folder)
         config.model_copy(update={"output_dir": str(folder)}).to_yaml(folder / sources.RUN_CONFIG)
-        card = model_card(config, self.metrics, self._data_summary(), adapter=adapter)
+        card = model_card(config, self.metrics, self._data_summary(), self.samples, adapter=adapter)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     def _data_summary(self) -> dict[str, str]:

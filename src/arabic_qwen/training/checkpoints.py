@@ -17,6 +17,7 @@ from arabic_qwen.data.bad_rows import BAD_ROWS_FILE, is_first_process
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.sources import RUN_CONFIG
 from arabic_qwen.training.report import LOSS_CURVE, METRICS_FILE
+from arabic_qwen.training.samples import SAMPLES_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def _discard(folder: Path) -> None:
     """Remove what a run wrote, and nothing else."""
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    for name in (SUMMARY, METRICS_FILE, LOSS_CURVE, RUN_CONFIG, BAD_ROWS_FILE):
+    for name in (SUMMARY, METRICS_FILE, SAMPLES_FILE, LOSS_CURVE, RUN_CONFIG, BAD_ROWS_FILE):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -30,6 +30,7 @@ from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.losses.kto import kto_kl
 from arabic_qwen.models.reference import Reference
 from arabic_qwen.training.objectives import Objective, Scores, Sums, join_scores
+from arabic_qwen.training.samples import Samples
 
 _BY_DIALECT = ("loss", "rewards/accuracies")
 _PLACE_FILE = "stream.json"  # of a checkpoint: how far the streamed data is used
@@ -190,6 +191,7 @@ class PackedTrainer(Trainer):
         self.token_budget = token_budget
         self.sequence_capacity = sequence_capacity
         self.reference: Any = reference
+        self.samples: Samples | None = None  # taken at each evaluation of eval_dataset
         self._place: dict[str, Any] = {}
         self._sums: Sums = {}
         self._tokens_since_log = 0
@@ -203,6 +205,12 @@ class PackedTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether this process may answer held-out prompts: the others wait, which sharded weights do not allow."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return self.eval_dataset is not None and self.is_world_process_zero() and not sharded
 
     @property
     def _collate(self) -> _Collate:
@@ -419,6 +427,9 @@ class PackedTrainer(Trainer):
         for tag, dialect in enumerate(dialects, 1):
             part = self._measure(scores.tagged(tag), divergences[tag])
             metrics |= {f"{name}/{dialect}": part[name] for name in _BY_DIALECT if name in part}
+        if self.samples and sequences.groups is self.eval_dataset:
+            with self.accelerator.autocast():
+                metrics |= self.samples(model, self.state.global_step)
         self._last_log_time += time.perf_counter() - started  # tokens per second are those of training
         return EvalLoopOutput(
             predictions=None,  # type: ignore[arg-type]
