@@ -76,7 +76,9 @@ def test_what_init_prints_trains_as_it_is(model_dir, tmp_path, monkeypatch, caps
     assert Path("checkpoints", method, "run_summary.json").is_file()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["init", "dpo"], ["schema"], ["init", "ppo"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["init", "dpo"], ["schema"], ["init", "ppo"], ["data", "layouts"]]
+)
 def test_light_verbs_do_not_load_torch(tmp_path, arguments):
     program = (
         f"import sys; sys.argv = ['arabic-qwen', *{arguments!r}]\n"

@@ -232,7 +232,23 @@ BAD_ROWS = {
     "sft: two users": ("sft", {"messages": [TURN, TURN, {"role": "assistant", "content": "ج"}]}, ["must alternate"]),
     "sft: unknown role": ("sft", {"messages": [{"role": "teacher", "content": "a"}]}, ["'teacher' is no role", "use"]),
     "sft: control token": ("sft", {**SFT, "response": "a<|im_end|>b"}, ["control token <|im_end|>", "remove it"]),
+    "sft: a placeholder": (
+        "sft",
+        {**SFT, "response": "[إجابة]"},
+        ["response: is a placeholder ([إجابة])", "write the answer"],
+    ),
+    "sft: swapped roles": (
+        "sft",
+        {"messages": [{"role": "assistant", "content": "ج"}, TURN]},
+        ["user and assistant are swapped"],
+    ),
+    "sft: broken list in a text": (
+        "sft",
+        {"messages": "[{'role': 'user', 'content': 'it's"},
+        ["messages: is a list of messages stored as text, which is broken", "store a list"],
+    ),
     "sft: half a letter": ("sft", {**SFT, "response": "\ud800"}, ["response: ", "surrogate"]),
+    "dpo: rows of sft": ("dpo", SFT, ["such rows are for method sft"]),
     "dpo: rows of kto": ("dpo", {"prompt": "a", "completion": "b", "label": True}, ["such rows are for method kto"]),
     "sft: rows of dpo": ("sft", PAIR, ["such rows are for methods dpo, ipo"]),
     "sft: other names": ("sft", {"q": "a", "a": "b"}, ["has the columns q, a", "name yours in column_map"]),

@@ -8,6 +8,7 @@ from typing import Any
 from arabic_qwen.config import DPOConfig, SFTConfig
 from arabic_qwen.data.conversations import to_conversation
 from arabic_qwen.models.sources import EMBEDDED_MODEL
+from arabic_qwen.terminal import isolated
 from arabic_qwen.training.dpo_trainer import DPOTrainer
 from arabic_qwen.training.report import METRICS_FILE, read_entries
 from arabic_qwen.training.sft_trainer import SFTTrainer
@@ -67,10 +68,10 @@ def _fine_tune(model: str, data: str, output_dir: str, tiny: bool, common: dict[
 
     print("\nHeld-out prompts, none of them trained on:")
     for messages, old, new in zip(conversations, answers_before, answers_after, strict=True):
-        print(f"\n  prompt     {messages[-2]['content']}")
-        print(f"  reference  {messages[-1]['content']}")
-        print(f"  before     {_one_line(old)}")
-        print(f"  after      {_one_line(new)}")
+        print(f"\n  prompt     {isolated(messages[-2]['content'], 13)}")
+        print(f"  reference  {isolated(messages[-1]['content'], 13)}")
+        print(f"  before     {isolated(_one_line(old), 13)}")
+        print(f"  after      {isolated(_one_line(new), 13)}")
     print(f"\nHeld-out loss {before['eval_loss']:.3f} → {after['eval_loss']:.3f} nats per token", end="")
     print(f" (perplexity {before['eval_perplexity']:.1f} → {after['eval_perplexity']:.1f})")
 

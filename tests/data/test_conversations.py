@@ -123,7 +123,7 @@ def test_own_system_column_comes_before_the_general_one():
 
 
 WRONG_ROWS = [
-    ({}, r"has the columns \(none\), but needs instruction \+ response"),
+    ({}, r"has the columns \(none\), but needs messages or .*instruction \+ response"),
     ({"text": "x"}, "has the columns text, but needs"),
     ({"instruction": "x"}, "has the columns instruction, but needs"),
     ({"prompt": "x", "chosen": "a"}, "has the columns prompt, chosen, but needs"),

@@ -15,6 +15,14 @@ BAD_ROWS_FILE = "bad_rows.jsonl"
 _SHOWN = 10
 
 
+class RowError(ValueError):
+    """A row cannot be trained on; `code` says why in one word, a key of `arabic_qwen.audit.findings.CODES`."""
+
+    def __init__(self, message: str, code: str = "broken_row"):
+        super().__init__(message)
+        self.code = code
+
+
 class BadRow(NamedTuple):
     """A record that cannot be used."""
 

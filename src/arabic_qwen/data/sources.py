@@ -18,6 +18,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.config.data import DataSource, data_sources
 from arabic_qwen.data.bad_rows import BadRow
+from arabic_qwen.data.layouts import are_messages
 from arabic_qwen.data.readers import FORMATS, Row, Rows, is_data_file, is_table, read_file
 from arabic_qwen.errors import DatasetError
 
@@ -117,21 +118,10 @@ def _parse_cells(values: dict[str, Any]) -> dict[str, Any]:
         except ValueError:
             continue
         several = name == "rejected" and isinstance(value, list) and all(isinstance(item, str) for item in value)
-        if name in _TEXTS_OR_MESSAGES and not (_are_messages(value) or several):
+        if name in _TEXTS_OR_MESSAGES and not (are_messages(value) or several):
             continue  # text that happens to be JSON
         parsed[name] = value
     return parsed
-
-
-def _are_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(item, dict) and ({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys())
-            for item in value
-        )
-    )
 
 
 def _find(source: DataSource, stream: bool) -> Iterator[tuple[str, Rows]]:
