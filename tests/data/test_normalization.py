@@ -1,6 +1,7 @@
 """Rows are normalised before they are read: which texts, which columns, what is counted."""
 
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arabic_qwen.config import METHOD_CONFIGS, SFTConfig
+from arabic_qwen.data.layouts import canonical
 from arabic_qwen.data.normalization import Normalizer
 from arabic_qwen.data.readers import Row
 from arabic_qwen.data.templates import set_template
@@ -75,9 +77,46 @@ def test_texts_at_any_depth(value):
     assert row.given == {"column": value, "label": True, "empty": None, "number": 3}
 
 
+@pytest.mark.parametrize("stored", [json.dumps, lambda messages: json.dumps(messages, ensure_ascii=False), str])
+def test_messages_that_are_stored_as_text(stored):
+    messages = [{"role": "user", "content": "س"}, {"role": "assistant", "content": f"{DIRTY}\n```\nكـود\n"}]
+    row = normalized({"messages": stored(messages)})
+    assert row.values["messages"][1]["content"] == f"{CLEAN}\n```\nكـود\n"
+    assert row.given == {"messages": stored(messages)}
+    broken = {"messages": stored(messages)[:-3]}
+    assert normalized(broken).values == broken
+
+
 def test_roles_and_other_keys_are_left_alone():
     message = {"role": "مـستخدم", "content": "نص", "id": "كـ"}
     assert normalized({"messages": [message]}).values == {"messages": [message]}
+
+
+LAYOUT_FILES = sorted((Path(__file__).parent / "layouts").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("path", LAYOUT_FILES, ids=lambda path: path.stem)
+def test_each_public_layout(path):
+    """Tatweel that is put into every text goes, wherever the layout has it; what is clean stays as it is."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        values = json.loads(line)
+        clean, _ = canonical(normalized(values).values)
+        stretched = normalized(_stretch(clean))
+        assert stretched.values == clean
+        assert stretched.changes["tatweel"] > 0
+
+
+def _stretch(values):
+    def stretch(value):
+        if isinstance(value, str):
+            return value.replace("ال", "اـل")
+        if isinstance(value, list):
+            return [stretch(item) for item in value]
+        if isinstance(value, dict):
+            return {key: stretch(item) if key in ("content", "value") else item for key, item in value.items()}
+        return value
+
+    return {key: stretch(value) for key, value in values.items()}
 
 
 @given(st.text(st.sampled_from("ابكیـ\u064e\u0651\u200fﺑ`@ :/w."), max_size=30))

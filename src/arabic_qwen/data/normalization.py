@@ -6,15 +6,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from arabic_qwen.data.bad_rows import BadRow
+from arabic_qwen.data.bad_rows import BadRow, RowError
 from arabic_qwen.data.conversations import Message
+from arabic_qwen.data.layouts import canonical
 from arabic_qwen.data.readers import Row
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.text.normalization import normalize, normalize_counted
 from arabic_qwen.text.rules import TRAIN, Setting
 
 #: Columns that may hold a question, of which `diacritics` by column tells how questions are read.
-_QUESTIONS = ("instruction", "prompt", "messages", "conversations")
+_QUESTIONS = ("instruction", "prompt", "inputs", "messages", "conversations")
 _MESSAGE_TEXTS = ("content", "value")
 
 #: For `normalize: false`: what leaves a text as it is.
@@ -40,10 +41,14 @@ class Normalizer:
         return (self._row(row) if isinstance(row, Row) else row for row in rows)
 
     def _row(self, row: Row) -> Row:
+        self._columns.update(dict.fromkeys(row.values))
         changes: Counter[str] = Counter()
+        try:
+            given, _ = canonical(row.values)  # in messages that are stored as text, letters may be escaped
+        except RowError:
+            return row  # which reading it will say
         values = {}
-        for column, value in row.values.items():
-            self._columns[column] = None
+        for column, value in given.items():
             values[column] = _map_texts(value, self._function(self._setting(column), changes))
         return row._replace(values=values, given=row.values, changes=changes) if changes else row
 
