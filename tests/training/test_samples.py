@@ -77,7 +77,7 @@ def test_after_a_resume_steps_are_there_once(model_dir, sft_file, tmp_path, monk
 @pytest.mark.parametrize("method", sorted(CONFIGS))
 def test_every_preference_method(model_dir, tmp_path, method):
     data = write_data(method, tmp_path)
-    values = dict(validation_split=0.3, eval_samples=50, max_steps=1)
+    values = dict(validation_split=0.3, eval_samples=50, max_steps=1, per_device_eval_batch_size=3)
     trainer = BaseTrainer(preference_config(method, model_dir, data, tmp_path / "run", **values))
     trainer.train()
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]

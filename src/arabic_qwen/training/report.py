@@ -49,7 +49,6 @@ def draw_loss_curve(run_dir: Path) -> Path | None:
     if by_dialect:
         panels.append({f"validation, {key.partition('/')[2]}": key for key in by_dialect})
     figure = Figure(figsize=(7 * len(panels), 4), layout="constrained")
-    drawn = False
     for axes, lines in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for label, key in lines.items():
             points = [(entry["step"], entry[key]) for entry in entries if key in entry]
@@ -59,8 +58,7 @@ def draw_loss_curve(run_dir: Path) -> Path | None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-            drawn = True
-    if not drawn:
+    if not any(axes.lines for axes in figure.axes):
         return None
     figure.savefig(run_dir / LOSS_CURVE, dpi=120)
     return run_dir / LOSS_CURVE

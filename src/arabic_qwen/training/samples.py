@@ -44,6 +44,7 @@ class Samples:
         self._questions = [last_question(tokenizer, str(tokenizer.decode(group.prompt))) for group in chosen]
         self._references = [self._text(_first_answer(group)) for group in chosen]
         self._classifier = load_classifier(config.dialect_model)
+        self._batch_size = config.per_device_eval_batch_size
         self._file = Path(config.resolved_output_dir, SAMPLES_FILE)
         self.latest: list[dict[str, Any]] = []
 
@@ -81,11 +82,13 @@ class Samples:
         )
 
     def _answer(self, model: Any) -> list[str]:
-        inputs = self._tokenizer.pad({"input_ids": self._prompts}, padding_side="left", return_tensors="pt")
-        output = model.generate(
-            **inputs.to(model.device), max_new_tokens=_MAX_NEW_TOKENS, do_sample=False, use_cache=True
-        )
-        return [self._text(ids) for ids in output[:, inputs["input_ids"].shape[1] :]]
+        answers: list[str] = []
+        for start in range(0, len(self._prompts), self._batch_size):
+            batch = {"input_ids": self._prompts[start : start + self._batch_size]}
+            inputs = self._tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
+            output = model.generate(**inputs, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False, use_cache=True)
+            answers += map(self._text, output[:, inputs["input_ids"].shape[1] :])
+        return answers
 
     def _text(self, ids: Any) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
