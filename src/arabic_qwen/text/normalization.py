@@ -34,15 +34,6 @@ def normalize(text: str, profile: str = "train", **rules: Setting) -> str:
     return _apply(text, profile, _steps(profile, frozenset(rules.items())))
 
 
-def normalize_counted(text: str, counts: Counter[str], profile: str = "train", **rules: Setting) -> str:
-    """As `normalize`; adds to `counts`, by rule, the characters that it removed or replaced."""
-
-    def count(rule: str, before: str, after: str) -> None:
-        counts[rule] += _changed_characters(before, after)
-
-    return _apply(text, profile, _steps(profile, frozenset(rules.items())), count)
-
-
 def normalization_report(
     texts: Iterable[str], profile: str = "train", *, examples: int = 3, **rules: Setting
 ) -> dict[str, RuleReport]:
@@ -69,6 +60,15 @@ def normalization_report(
         for rule in changed:
             reports[rule].texts += 1
     return reports
+
+
+def normalize_counted(text: str, counts: Counter[str], profile: str = "train", **rules: Setting) -> str:
+    """As `normalize`; adds to `counts`, by rule, the characters that it removed or replaced."""
+
+    def count(rule: str, before: str, after: str) -> None:
+        counts[rule] += _changed_characters(before, after)
+
+    return _apply(text, profile, _steps(profile, frozenset(rules.items())), count)
 
 
 def rules_table(profile: str = "train") -> str:
