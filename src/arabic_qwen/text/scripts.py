@@ -26,6 +26,7 @@ SCRIPTS = (
     "Georgian",
     "Ethiopic",
 )
+_SYMBOLS = ("Latin", "Greek")
 _PATTERNS = {script: regex.compile(rf"\p{{Script={script}}}") for script in SCRIPTS}
 _LETTER = regex.compile(r"\p{L}")
 _SHARED = regex.compile(r"[\p{Script=Common}\p{Script=Inherited}]")  # tatweel, ª, mathematical letters
@@ -49,6 +50,19 @@ def arabic_share(text: str) -> float | None:
     """The share of Arabic letters in the text's letters, as `script_shares` counts them; None for no letters at all."""
     shares = script_shares(text)
     return shares.get("Arabic", 0.0) if shares else None
+
+
+def leaked_scripts(prompt: str, answer: str) -> list[str] | None:
+    """Scripts of an answer that its Arabic prompt did not ask for; None where the prompt is not mostly Arabic.
+
+    A script that the prompt has too is asked for. Latin and Greek letters are also names, units and symbols, so these
+    count where most of the answer is in them.
+    """
+    if (arabic_share(prompt) or 0) <= 0.5:
+        return None
+    asked = {"Arabic", *script_shares(prompt)}
+    shares = script_shares(answer)
+    return [script for script in shares if script not in asked and (script not in _SYMBOLS or shares[script] > 0.5)]
 
 
 @lru_cache(maxsize=100_000)
