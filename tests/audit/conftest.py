@@ -10,6 +10,9 @@ class StandardOnly:
     def predict(self, texts):
         return [Prediction("MSA", 0.99) for _ in texts]
 
+    def leaning(self, text, dialect, other):
+        return 10.0, 0.0
+
 
 @pytest.fixture
 def standard_only(monkeypatch):

@@ -1,13 +1,17 @@
 """The doctor finds what was planted, where it was planted, and nothing on clean rows."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from arabic_qwen.audit.check import check
+from arabic_qwen.audit.check import check, place_of
 from arabic_qwen.audit.findings import CODES
+from arabic_qwen.config import METHOD_CONFIGS
 from arabic_qwen.data.sources import SAMPLES
+from arabic_qwen.data.templates import set_template
 from arabic_qwen.errors import ConfigurationError, DatasetError
+from arabic_qwen.training.objectives import METHODS
 
 from .planted import DEFECTS, FILES, clean_row, write_planted
 
@@ -111,3 +115,35 @@ def test_rows_that_one_process_reads_need_no_torch(tmp_path):
     code = "import sys; from arabic_qwen.audit.check import check; check(['sample:sft']); print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.stdout == "set()\n", run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "wrong"),
+    [
+        ("أنت لا تمتلك الصلاحية لنقل هذه الصفحات إلى مكان آخر.", True),
+        ("الملف ده فيه معلومات إضافية، غالبا ما تكون أضيفت من الكاميرا الديجيتال.", False),
+        ("معندكش صلاحية تنقل الصفحات دي لمكان تاني.", False),
+        ("عدد التعديلات في آخر المراجعات", False),  # could be either
+    ],
+)
+def test_standard_arabic_where_a_dialect_is_asked_for(tmp_path, answer, wrong):
+    row = {"instruction": "ترجم إلى العربية المصرية: You may not move these pages.", "response": answer}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert ("dialect_mismatch" in check([str(path)]).counts) == wrong
+
+
+@pytest.mark.parametrize(("name", "method"), [("sft", "sft"), ("chat", "sft"), ("pairs", "dpo")])
+def test_an_error_is_a_bad_row_of_training(planted, name, method, tokenizer, tmp_path):
+    found = [finding for finding in planted[1].findings if Path(finding.file).stem == name]
+    errors = {finding.line for finding in found if finding.level == "error"}
+    config = METHOD_CONFIGS[method](
+        dataset_path=found[0].file, max_bad_rows=100, validation_split=0, output_dir=tmp_path / "run"
+    )
+    set_template(tokenizer, "chatml", "")
+    loader = METHODS[method].data_loader(config, tokenizer)
+    loader.load()
+    bad = {place_of(where)[1] for where in loader.bad_rows.places}
+    # Tokens of its own tokenizer training refuses too.
+    assert errors and bad - errors <= {finding.line for finding in found if finding.code == "template_tokens"}
+    assert errors <= bad

@@ -22,8 +22,9 @@ from arabic_qwen.data.sources import read_rows
 from arabic_qwen.text.dialects import UNKNOWN, load_classifier
 
 _BATCH = 1000  # rows: what is classified and hashed together
-_SURE = 0.95  # confidence of the dialect of an answer
-_FEWEST_WORDS = 5  # of such an answer
+# A wrong dialect is said of answers of so many words, with this confidence, where one word at least leans so far to the
+# dialect that was found, and none so far to the one asked for: borrowed words are many, function words tell.
+_FEWEST_WORDS, _SURE, _FOR, _AGAINST = 5, 0.9, 6.0, -3.0
 _SPEAKERS = {"system": "system prompt", "user": "prompt", "assistant": "answer"}
 
 
@@ -137,10 +138,16 @@ class _Doctor:
             for _, where, row in rows
             if row.learned and (dialect := asked_dialect(row.question)) and len(row.answer.split()) >= _FEWEST_WORDS
         ]
-        for (where, dialect, answer), (found, confidence) in zip(
-            asked, load_classifier().predict([answer for *_, answer in asked]) if asked else [], strict=True
-        ):
-            if found not in (UNKNOWN, dialect) and confidence >= _SURE:
+        if not asked:
+            return
+        classifier = load_classifier()
+        predictions = classifier.predict([answer for *_, answer in asked])
+        for (where, dialect, answer), (found, confidence) in zip(asked, predictions, strict=True):
+            # Dialects are taken for one another more easily than for standard Arabic.
+            if found in (UNKNOWN, dialect) or "MSA" not in (found, dialect) or confidence < _SURE:
+                continue
+            most, least = classifier.leaning(answer, found, dialect)
+            if most >= _FOR and least >= _AGAINST:
                 message = f"asks for {dialect}, the answer is {found} ({confidence:.0%} sure)"
                 self._add(where, Found("dialect_mismatch", message, around(answer, 0, 60)))
 

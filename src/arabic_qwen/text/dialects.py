@@ -81,6 +81,18 @@ class DialectClassifier:
             predictions.append(Prediction(self.labels[place] if named else UNKNOWN, confidence))
         return predictions
 
+    def leaning(self, text: str, dialect: str, other: str) -> tuple[float, float]:
+        """How much the word that speaks most for `dialect` does so, against `other`; and the one that does least.
+
+        Raises:
+            ValueError: the classifier does not know a dialect.
+        """
+        words = arabic_words(text)
+        self._logits([words])  # scores the words
+        sides = self.labels.index(dialect), self.labels.index(other)
+        differences = [float(self._scores[word][sides[0]] - self._scores[word][sides[1]]) for word in words]
+        return max(differences, default=0.0), min(differences, default=0.0)
+
     def _logits(self, texts: Sequence[Sequence[str]]) -> np.ndarray:
         """[texts, labels] of lists of words."""
         new = sorted({word for words in texts for word in words} - self._scores.keys())
