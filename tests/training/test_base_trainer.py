@@ -285,7 +285,7 @@ class TestTrain:
         Path(config.output_dir, "run_summary.json").unlink()
         Path(config.output_dir, "checkpoint-3").mkdir()
         create_sft_trainer(config).train()
-        assert "checkpoint-3: was not written to its end" in caplog.text
+        assert "checkpoint-3: manifest.json is missing, so it is passed over" in caplog.text
         assert f"Going on from {config.output_dir}/checkpoint-2" in caplog.text
 
     def test_a_run_that_cannot_start_leaves_nothing(self, trained, config, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import pydantic
@@ -13,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from arabic_qwen.config.data import DataPath
 from arabic_qwen.config.yaml_io import ConfigFile, dump_yaml, read_config_file
 from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.files import write_atomically
 
 Self = TypeVar("Self", bound="BaseConfig")
 
@@ -159,6 +159,14 @@ class BaseConfig(BaseModel):
     response_template: str = Field("### Response:\n", description="What precedes the answer in the alpaca template")
     system_prompt: str | None = Field(None, description="System prompt of conversations that have none")
     overwrite_output_dir: bool = Field(False, description="Discard the run that output_dir holds and start again")
+    resume_from_checkpoint: Text = Field(
+        "auto",
+        description="auto: go on with the run that output_dir holds; never: set it aside and start again; "
+        "or the checkpoint folder to go on from",
+    )
+    resume_changed: bool = Field(
+        False, description="Go on also where settings or data differ from those of the run so far"
+    )
 
     max_seq_length: int = Field(
         512, ge=8, description="Longest sequence, in tokens; longer ones are cut at the end and counted"
@@ -352,7 +360,7 @@ class BaseConfig(BaseModel):
         values = {"method": self.method, **self.model_dump()}
         if "output_dir" not in self.model_fields_set:
             del values["output_dir"]
-        Path(path).write_text(dump_yaml(values), encoding="utf-8")
+        write_atomically(path, dump_yaml(values))
 
     @classmethod
     def commented_yaml(cls) -> str:

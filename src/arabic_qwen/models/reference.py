@@ -7,7 +7,6 @@ import copy
 import hashlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,10 +17,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel, set_peft_model_state_dict
 from rich.progress import track
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from arabic_qwen.data.packing import Group
 from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.files import write_atomically
 from arabic_qwen.models.adapters import grow_embedding, takes_from_base
 from arabic_qwen.models.loading import load_model, load_tokenizer
 from arabic_qwen.models.scoring import score_completions
@@ -181,9 +181,7 @@ def _reference_logps(
         everyone = dict(gather_object(list(zip(own, found, strict=True))))
         logps = torch.tensor([logp for i in range(len(groups)) for logp in everyone[i]])
         cache_dir.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")  # each process writes the same
-        save_file({"logps": logps}, unfinished)
-        unfinished.replace(path)
+        write_atomically(path, save({"logps": logps}))  # each process writes the same
     return [part.tolist() for part in logps.split([len(_scored(group)) for group in groups])]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,17 +26,20 @@ from arabic_qwen.data.loaders import DataLoader, SFTDataLoader, to_padded
 from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.data.templates import set_template, stop_token_ids
 from arabic_qwen.errors import ConfigurationError, DatasetError, TrainingError
+from arabic_qwen.files import staged
 from arabic_qwen.models import adapters, loading, precision, sources
 from arabic_qwen.models.reference import precompute, reference_policy
 from arabic_qwen.training import checkpoints
 from arabic_qwen.training.arguments import Schedule, resolve_schedule, training_arguments
-from arabic_qwen.training.callbacks import ProgressDisplay, StopOnSignal, run_callbacks
+from arabic_qwen.training.callbacks import run_callbacks
 from arabic_qwen.training.dialects import tag_dialects
 from arabic_qwen.training.engine import PackedTrainer
 from arabic_qwen.training.generation import GenerationMixin
 from arabic_qwen.training.objectives import METHODS
 from arabic_qwen.training.report import model_card
+from arabic_qwen.training.resumable import make_resumable
 from arabic_qwen.training.samples import Samples
+from arabic_qwen.training.signals import StopOnSignal
 
 _TIMINGS = ("_runtime", "_per_second", "_time")
 
@@ -132,6 +134,7 @@ class BaseTrainer(GenerationMixin):
         Raises:
             ConfigurationError, ModelLoadError, DatasetError: see the steps.
             KeyboardInterrupt: Ctrl-C was pressed; the running step was finished and saved first.
+            SystemExit: (143) the same for SIGTERM and SIGUSR1.
         """
         self._inherit_prompt_format(self._source, keep=self._validated().model_fields_set)
         run = checkpoints.find_run(self._validated())
@@ -144,35 +147,28 @@ class BaseTrainer(GenerationMixin):
             return
 
         self.trainer, self.dataset = self.prepare()
+        sums = checkpoints.data_sums(self.dataset)
         # Only now: a run that cannot start leaves no folder behind.
-        checkpoints.begin_run(run, self._validated())
-        if self.data_loader:
-            self.data_loader.bad_rows.keep()
-        if run.checkpoint:
-            self.logger.warning("Going on from %s", run.checkpoint)
-        if isinstance(self.trainer, PackedTrainer) and self.trainer.can_sample and self.config.eval_samples:
-            self.trainer.samples = Samples(self._validated(), self.dataset["validation"], self.tokenizer)
-        stop = StopOnSignal()
-        self.trainer.add_callback(stop)
-        try:
-            result = self.trainer.train(resume_from_checkpoint=run.checkpoint)
-        finally:  # also where an exception skips on_train_end
-            for callback in self.trainer.callback_handler.callbacks:
-                if isinstance(callback, (ProgressDisplay, StopOnSignal)):
-                    callback.close()
-        if stop.received:
-            raise SystemExit(128 + stop.received) if stop.received == signal.SIGTERM else KeyboardInterrupt
+        with StopOnSignal() as stop, checkpoints.begin_run(run, self._validated(), sums) as checkpoint:
+            make_resumable(self.trainer, self._validated(), sums, stop)
+            if self.data_loader:
+                self.data_loader.bad_rows.keep()
+            if checkpoint:
+                self.logger.warning("Going on from %s", checkpoint)
+            if isinstance(self.trainer, PackedTrainer) and self.trainer.can_sample and self.config.eval_samples:
+                self.trainer.samples = Samples(self._validated(), self.dataset["validation"], self.tokenizer)
+            result = self.trainer.train(resume_from_checkpoint=checkpoint)
 
-        self.trainer.remove_callback(MLflowCallback)  # its run has ended; the evaluation would start another
-        if "validation" in self.dataset:
-            self.evaluate()
-        if isinstance(self.trainer, PackedTrainer) and self.trainer.samples:
-            self.samples = self.trainer.samples.latest
-            self.trainer.samples = None  # later evaluations are not the run's
-        self.save_model()
-        if self.trainer.is_world_process_zero():
-            summary = {"metrics": self.metrics, "train": result.metrics, "data": self._data_summary()}
-            checkpoints.finish_run(run.folder, summary)
+            self.trainer.remove_callback(MLflowCallback)  # its run has ended; the evaluation would start another
+            if "validation" in self.dataset:
+                self.evaluate()
+            if isinstance(self.trainer, PackedTrainer) and self.trainer.samples:
+                self.samples = self.trainer.samples.latest
+                self.trainer.samples = None  # later evaluations are not the run's
+            self.save_model()
+            if self.trainer.is_world_process_zero():
+                summary = {"metrics": self.metrics, "train": result.metrics, "data": self._data_summary()}
+                checkpoints.finish_run(run.folder, summary)
         self.logger.info("Saved to %s", run.folder)
 
     def prepare(self) -> tuple[Trainer, dict[str, Any]]:
@@ -374,12 +370,12 @@ class BaseTrainer(GenerationMixin):
             return
         config = self._validated()
         folder = Path(output_dir or config.resolved_output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        adapter = loading.save_model(self.model, config, folder)
-        self.tokenizer.save_pretrained(folder)
-        config.model_copy(update={"output_dir": str(folder)}).to_yaml(folder / sources.RUN_CONFIG)
-        card = model_card(config, self.metrics, self._data_summary(), self.samples, adapter=adapter)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        with staged(folder) as stage:
+            adapter = loading.save_model(self.model, config, stage)
+            self.tokenizer.save_pretrained(stage)
+            config.model_copy(update={"output_dir": str(folder)}).to_yaml(stage / sources.RUN_CONFIG)
+            card = model_card(config, self.metrics, self._data_summary(), self.samples, adapter=adapter)
+            (stage / "README.md").write_text(card, encoding="utf-8")
 
     def _data_summary(self) -> dict[str, str]:
         """One line on each split, and on what was left out."""

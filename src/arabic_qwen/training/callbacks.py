@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-import sys
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from arabic_qwen.config import BaseConfig
+from arabic_qwen.files import write_atomically
 from arabic_qwen.training.arguments import Schedule
 from arabic_qwen.training.report import METRICS_FILE, draw_loss_curve, read_entries
 from arabic_qwen.training.samples import SAMPLES_FILE
@@ -69,46 +65,6 @@ class ProgressDisplay(TrainerCallback):
             self.bar = None
 
 
-class StopOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM the running step is finished and saved, then training stops; a second one stops at once.
-
-    Attributes:
-        received: the signal, once there was one.
-    """
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self.before: dict[int, Any] = {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def _note(self, number, frame):
-        self.received = signal.Signals(number)
-        self.close()
-        print("stopping after this step, which is saved; once more to stop at once", file=sys.stderr)
-
-    def close(self) -> None:
-        """Give signals back to who had them before."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if args.world_size > 1:  # all processes stop at the same step
-            received = torch.tensor(int(self.received or 0), device=args.device)
-            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-            self.received = signal.Signals(int(received)) if received else None
-        if self.received:
-            control.should_save = control.should_training_stop = True
-            # At its end training would load the best checkpoint, and delete this one where one is kept.
-            args.load_best_model_at_end, args.save_total_limit = False, None
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.close()
-
-
 class RunLog(TrainerCallback):
     """Appends every log entry to `metrics.jsonl` and draws `loss_curve.png` at the end of training."""
 
@@ -119,7 +75,7 @@ class RunLog(TrainerCallback):
                 path = Path(args.output_dir, name)
                 kept = [entry for entry in read_entries(path) if 0 < entry["step"] <= state.global_step]
                 lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept]
-                path.write_text("".join(lines), encoding="utf-8") if kept else path.unlink(missing_ok=True)
+                write_atomically(path, "".join(lines)) if kept else path.unlink(missing_ok=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:

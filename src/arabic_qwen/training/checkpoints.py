@@ -1,23 +1,30 @@
-"""What an output folder holds, and whether a run may write into it."""
+"""What an output folder holds, whether a run may write into it, and what it goes on from."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
 import json
 import logging
 import os
-import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers.trainer import TRAINER_STATE_NAME
+from accelerate.utils import broadcast_object_list
 
 from arabic_qwen.config import BaseConfig, load_config
 from arabic_qwen.data.bad_rows import BAD_ROWS_FILE, is_first_process
+from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.files import remove_folder, remove_unfinished, write_atomically
 from arabic_qwen.models.sources import RUN_CONFIG
+from arabic_qwen.training.lock import check_free, locked
 from arabic_qwen.training.report import LOSS_CURVE, METRICS_FILE
+from arabic_qwen.training.resumable import PROGRESS
 from arabic_qwen.training.samples import SAMPLES_FILE
+from arabic_qwen.training.snapshots import MANIFEST, damage, find_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +33,8 @@ SUMMARY = "run_summary.json"  # written last: a folder that has it holds a finis
 # May differ when a run goes on: they do not change what is learned.
 _HARMLESS = {
     "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "resume_changed",
     "report_to",
     "run_name",
     "logging_steps",
@@ -33,7 +42,27 @@ _HARMLESS = {
     "max_bad_rows",
     "eval_samples",
     "dialect_model",
+    "token_budget",
+    "gradient_checkpointing",
+    "save_total_limit",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
 }
+
+# Say what the checkpoint's weights are; may not even differ where the user says so.
+_OF_THE_WEIGHTS = {
+    "model_name",
+    "use_lora",
+    "lora_r",
+    "lora_target_modules",
+    "lora_bias",
+    "use_dora",
+    "init_lora_weights",
+    "load_in_4bit",
+    "load_in_8bit",
+}
+
+_PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")  # of checkpoints of other programs
 
 
 class Run(NamedTuple):
@@ -42,60 +71,166 @@ class Run(NamedTuple):
     folder: Path
     finished: bool = False
     checkpoint: str | None = None  # to go on from
-    in_the_way: bool = False  # it holds a finished run with other settings
+    in_the_way: bool = False  # it holds a run that must make room
 
 
 def find_run(config: BaseConfig) -> Run:
-    """What the output folder holds of a run with these settings; writes nothing.
+    """What the output folder holds of a run with these settings, and what it goes on from; writes nothing.
 
     Raises:
-        ConfigurationError: the folder holds an unfinished run with other settings, or cannot be written.
+        ConfigurationError: the folder holds an unfinished run with other settings, another process writes into it, or
+            it cannot be written; the checkpoint that is asked for is none.
     """
     folder = Path(config.resolved_output_dir)
     _check_writable(folder)
     if config.overwrite_output_dir or not folder.is_dir():
-        return Run(folder)
-    finished, checkpoint = is_finished(folder), _newest_checkpoint(folder)
-    record = folder / RUN_CONFIG
-    changed, hint = [], ""
-    if record.is_file():
-        old = load_config(record)
-        if not finished and "normalize" not in old.model_fields_set:
-            old.normalize = False
-            hint = " (it was begun by a version that did not normalise: go on with normalize=false)"
-        changed = _differences(old, config)
-    if not changed:
-        return Run(folder, finished, checkpoint)
-    if not finished and not checkpoint:
-        return Run(folder)
-    if not finished or Path(config.model_name).absolute().is_relative_to(folder.absolute()):
-        raise ConfigurationError(
-            f"output_dir: {folder} holds a run with other settings ({'; '.join(changed)}){hint}; "
-            "choose another output_dir, or set overwrite_output_dir to true to discard that run"
-        )
-    return Run(folder, in_the_way=True)
+        return Run(folder, checkpoint=_given_checkpoint(config))
+    if is_first_process():
+        check_free(folder)
+    finished, begun = is_finished(folder), bool(find_checkpoints(folder))
+    changed = _differences(folder, config)
+    if finished and not changed:
+        return Run(folder, finished)
+    if finished or (begun and config.resume_from_checkpoint == "never"):
+        if Path(config.model_name).absolute().is_relative_to(folder.absolute()):
+            raise _other_settings(folder, changed or ["it is the model that is trained on"])
+        return Run(folder, in_the_way=True, checkpoint=_given_checkpoint(config))
+    if not begun:
+        return Run(folder, checkpoint=_given_checkpoint(config))
+    _check_changes(folder, changed, config)
+    return Run(folder, checkpoint=_newest_checkpoint(folder, config))
 
 
-def begin_run(run: Run, config: BaseConfig) -> None:
-    """Make the output folder ready and record the configuration there; of several processes the first does it.
+def _check_changes(folder: Path, changed: list[str], config: BaseConfig) -> None:
+    """Raise ConfigurationError unless training may go on from what is in the folder."""
+    if config.resume_changed:
+        changed = [text for text in changed if text.partition(":")[0] in _OF_THE_WEIGHTS]
+    if changed:
+        raise _other_settings(folder, changed, may_go_on=not config.resume_changed)
 
-    An earlier run is discarded with `overwrite_output_dir`; a finished one with other settings is set aside: its folder
-    gets a number (`sft-1`).
+
+def _other_settings(folder: Path, changed: list[str], may_go_on: bool = False) -> ConfigurationError:
+    remedy = "choose another output_dir, or set overwrite_output_dir to true to discard that run"
+    if may_go_on:
+        remedy = f"set resume_changed to true to go on with the new ones, {remedy}"
+    return ConfigurationError(f"output_dir: {folder} holds a run with other settings ({'; '.join(changed)}); {remedy}")
+
+
+def _given_checkpoint(config: BaseConfig) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` names.
 
     Raises:
-        ConfigurationError: the folder cannot be written.
+        ConfigurationError: it is not there, damaged, of a run with other settings, or about to be discarded.
     """
-    if not is_first_process():
-        return
-    try:
-        if config.overwrite_output_dir:
-            _discard(run.folder)
-        elif run.in_the_way:
-            _set_aside(run.folder)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        config.model_copy(update={"output_dir": str(run.folder)}).to_yaml(run.folder / RUN_CONFIG)
-    except OSError as error:
-        raise _not_writable(run.folder, error.strerror) from None
+    if config.resume_from_checkpoint in ("auto", "never"):
+        return None
+    checkpoint = Path(config.resume_from_checkpoint)
+    if not checkpoint.is_dir():
+        raise ConfigurationError(
+            f"resume_from_checkpoint: {checkpoint} does not exist; give auto, never or a checkpoint-<step> folder"
+        )
+    if checkpoint.absolute().is_relative_to(Path(config.resolved_output_dir).absolute()):
+        raise ConfigurationError(
+            f"resume_from_checkpoint: {checkpoint} is in output_dir, which is to be emptied; choose another output_dir"
+        )
+    _check_not_pickled(checkpoint)
+    if reason := damage(checkpoint):
+        raise ConfigurationError(f"resume_from_checkpoint: {checkpoint}: {reason}; choose another checkpoint")
+    _check_changes(checkpoint, _differences(checkpoint, config), config)
+    return str(checkpoint)
+
+
+def _newest_checkpoint(folder: Path, config: BaseConfig) -> str | None:
+    """The newest checkpoint of the folder that is whole.
+
+    Raises:
+        ConfigurationError: `resume_from_checkpoint` names an older one, or checkpoints are pickled.
+    """
+    for checkpoint in find_checkpoints(folder):
+        _check_not_pickled(checkpoint)
+        reason = damage(checkpoint) if is_first_process() else None  # the others are told by the first
+        if reason:
+            logger.warning("%s: %s, so it is passed over", checkpoint, reason)
+            continue
+        given = Path(config.resume_from_checkpoint)
+        if given.absolute().parent == folder.absolute() and given.name != checkpoint.name:
+            raise ConfigurationError(
+                f"resume_from_checkpoint: {given} is not the newest of its run, which is {checkpoint.name}; "
+                "set it to auto to go on from that, or choose another output_dir for a run that branches off"
+            )
+        return str(checkpoint)
+    return None
+
+
+def _check_not_pickled(checkpoint: Path) -> None:
+    pickled = [name for name in _PICKLED if (checkpoint / name).is_file()]
+    if pickled and not (checkpoint / MANIFEST).is_file():
+        raise ConfigurationError(
+            f"{checkpoint}: holds pickled state ({pickled[0]}), which can run code when it is read and is not loaded; "
+            "set resume_from_checkpoint to never to start again, or model_name to this folder and output_dir to "
+            "another to train on from its weights"
+        )
+
+
+@contextlib.contextmanager
+def begin_run(run: Run, config: BaseConfig, sums: Mapping[str, str]) -> Iterator[str | None]:
+    """Make the output folder ready, lock it, record the configuration; of several processes the first does it.
+
+    An earlier run is discarded with `overwrite_output_dir`; one that is in the way is set aside: its folder gets a number
+    (`sft-1`).
+
+    Args:
+        run: what :func:`find_run` found.
+        sums: the data's (:func:`data_sums`).
+
+    Returns:
+        A context; inside, the folder is locked. It gives the checkpoint to go on from, the same to all processes.
+
+    Raises:
+        ConfigurationError: the folder cannot be written, another run writes into it, or the data has changed.
+    """
+    with contextlib.ExitStack() as stack:
+        checkpoint = [run.checkpoint]
+        if is_first_process():
+            try:
+                if run.in_the_way:
+                    _set_aside(run.folder)
+                run.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(run.folder))
+                if config.overwrite_output_dir:
+                    _discard(run.folder)
+                remove_unfinished(run.folder)
+                if run.checkpoint and not config.resume_changed:
+                    _check_data(Path(run.checkpoint), sums)
+                config.model_copy(update={"output_dir": str(run.folder)}).to_yaml(run.folder / RUN_CONFIG)
+            except OSError as error:
+                raise _not_writable(run.folder, error.strerror) from None
+        broadcast_object_list(checkpoint)
+        yield checkpoint[0]
+
+
+def data_sums(dataset: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of each split's token ids and targets, in their order; none of what is streamed or not ours."""
+    sums = {}
+    for name, split in dataset.items():
+        if isinstance(split, GroupDataset):
+            digest = hashlib.sha256()
+            for group in split:
+                digest.update(group.prompt.tobytes() + (b"+" if group.label else b"-"))
+                for ids, targets in group.completions:
+                    digest.update(b"|" + ids.tobytes() + targets.tobytes())
+            sums[name] = digest.hexdigest()
+    return sums
+
+
+def _check_data(checkpoint: Path, sums: Mapping[str, str]) -> None:
+    before = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))["data"]
+    changed = sorted(name for name in sums.keys() & before.keys() if sums[name] != before[name])
+    if changed:
+        raise ConfigurationError(
+            f"dataset_path: the {' and '.join(changed)} data is not what it was when {checkpoint} was written; put the "
+            "old files back, set resume_changed to true to go on with the new ones, or choose another output_dir"
+        )
 
 
 def _check_writable(folder: Path) -> None:
@@ -113,34 +248,27 @@ def _not_writable(folder: Path, reason: str | None) -> ConfigurationError:
     return ConfigurationError(f"output_dir: {folder} cannot be written ({reason}); choose another output_dir")
 
 
-def _newest_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
-        if (path / TRAINER_STATE_NAME).is_file():  # what transformers writes last
-            return str(path)
-        logger.warning("%s: was not written to its end; it is passed over", path)
-    return None
-
-
-def _differences(old: BaseConfig, new: BaseConfig) -> list[str]:
-    """What was changed, as `name: before → after`; settings that do not change what is learned are left out."""
-    before, after = ({"method": config.method, **config.model_dump()} for config in (old, new))
+def _differences(folder: Path, config: BaseConfig) -> list[str]:
+    """How the settings recorded in a folder differ, as `name: before → after`; without those that change nothing."""
+    if not (folder / RUN_CONFIG).is_file():
+        return []
+    old = load_config(folder / RUN_CONFIG)
+    before, after = ({"method": settings.method, **settings.model_dump()} for settings in (old, config))
     names = [name for name in after if before.get(name) != after[name] and name not in _HARMLESS]
     return [f"{name}: {before.get(name)!r} → {after[name]!r}" for name in names]
 
 
 def _set_aside(folder: Path) -> None:
-    """Rename the folder of a finished run, so that another run can take its name and nothing is lost."""
+    """Rename the folder of a run, so that another run can take its name and nothing is lost."""
     number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}-{n}").exists())
     aside = folder.rename(folder.with_name(f"{folder.name}-{number}"))
-    logger.warning("%s held a finished run with other settings, which is in %s now", folder, aside)
+    logger.warning("%s held another run, which is in %s now", folder, aside)
 
 
 def _discard(folder: Path) -> None:
     """Remove what a run wrote, and nothing else."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    for checkpoint in find_checkpoints(folder):
+        remove_folder(checkpoint)
     for name in (SUMMARY, METRICS_FILE, SAMPLES_FILE, LOSS_CURVE, RUN_CONFIG, BAD_ROWS_FILE):
         (folder / name).unlink(missing_ok=True)
 
@@ -150,7 +278,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def finish_run(folder: Path, summary: dict[str, Any]) -> None:
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomically(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

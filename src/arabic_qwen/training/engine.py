@@ -10,30 +10,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import EvalLoopOutput
 
 from arabic_qwen.data.dataset import GroupDataset
-from arabic_qwen.data.packing import Group, PackedBatch, best_fit_decreasing, micro_batches, pack, with_mismatched
+from arabic_qwen.data.packing import Group, PackedBatch, micro_batches, pack, with_mismatched
 from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.losses.kto import kto_kl
 from arabic_qwen.models.reference import Reference
 from arabic_qwen.training.objectives import Objective, Scores, Sums, join_scores
+from arabic_qwen.training.resumable import ResumableTrainer
+from arabic_qwen.training.sampler import Sequences, StepSampler
 from arabic_qwen.training.samples import Samples
 
 _BY_DIALECT = ("loss", "rewards/accuracies")
-_PLACE_FILE = "stream.json"  # of a checkpoint: how far the streamed data is used
 
 
 @dataclasses.dataclass
@@ -55,23 +52,6 @@ class Step:
         return dataclasses.replace(
             self, batches=pinned(self.batches), mismatched=pinned(self.mismatched), shared=pinned(self.shared)
         )
-
-
-class _Sequences(Dataset[list[Group]]):
-    """Training sequences: lists of groups, one each, or as many as fit `capacity` tokens."""
-
-    def __init__(self, groups: Any, capacity: int | None):
-        self.groups = groups
-        lengths = [group.num_tokens for group in groups]
-        self.members = best_fit_decreasing(lengths, capacity) if capacity else [[i] for i in range(len(groups))]
-        self.lengths = [sum(lengths[i] for i in members) for members in self.members]
-        self.labels = [groups[members[0]].label for members in self.members]
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __getitem__(self, index: int) -> list[Group]:
-        return [self.groups[i] for i in self.members[index]]
 
 
 @dataclasses.dataclass
@@ -104,61 +84,12 @@ class _StreamedSteps(IterableDataset[Step]):
         return self._steps()
 
 
-class _StepSampler(Sampler[list[int]]):
-    """Batches of sequence indices for this rank, shuffled by seed and epoch.
-
-    Trainer counts `accumulation` batches a step. All but the last of a step are empty, and the last holds the rank's
-    share of the whole step, so that a data worker can pack it. At a ragged end ranks differ by one sequence; none is
-    repeated.
-    """
-
-    def __init__(self, args: TrainingArguments, lengths: list[int], labels: list[bool], epoch: Callable[[], int]):
-        self.lengths = lengths
-        self.labels = labels
-        self.epoch = epoch
-        self.by_length = args.train_sampling_strategy == "group_by_length"
-        self.seed = args.seed if args.data_seed is None else args.data_seed
-        self.rank, self.world_size = args.process_index, args.world_size
-        self.batch_size = args.per_device_train_batch_size * self.world_size
-        self.step_size = self.batch_size * args.gradient_accumulation_steps
-
-    def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
-
-    def order(self) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
-        # Desirable and undesirable rows, spread evenly over the epoch, so that every step has its share of both.
-        classes = [[i for i in shuffled if self.labels[i] is label] for label in (True, False)]
-        if self.by_length:
-            classes = [self._by_length(rows, generator) for rows in classes]
-        place = {i: (position + 0.5) / len(rows) for rows in classes for position, i in enumerate(rows)}
-        return sorted(shuffled, key=lambda i: place[i])
-
-    def _by_length(self, rows: list[int], generator: torch.Generator) -> list[int]:
-        """Rows of similar length one after the other."""
-        if not rows:
-            return []
-        lengths = [self.lengths[i] for i in rows]
-        return [rows[i] for i in get_length_grouped_indices(lengths, self.step_size, generator=generator)]
-
-    def steps(self) -> list[list[int]]:
-        """The sequences of each optimizer step, over all ranks."""
-        order = self.order()
-        return [order[start : start + self.step_size] for start in range(0, len(order), self.step_size)]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps():
-            yield from [[]] * (-(-len(step) // self.batch_size) - 1)
-            yield step[self.rank :: self.world_size]
-
-
 def _completion_sums(batch: PackedBatch, logps: torch.Tensor) -> torch.Tensor:
     """[C] sums of the targets' log-probabilities [T]."""
     return logps.new_zeros(batch.num_completions).index_add(0, batch.target_completion, logps)
 
 
-class PackedTrainer(Trainer):
+class PackedTrainer(ResumableTrainer):
     """transformers.Trainer whose batches are packed and whose loss is an :class:`Objective`.
 
     Args:
@@ -197,7 +128,7 @@ class PackedTrainer(Trainer):
         self._tokens_since_log = 0
         self._last_log_time = time.perf_counter()
 
-    def _loader(self, sequences: _Sequences, batch_sampler: Any) -> DataLoader:
+    def _loader(self, sequences: Sequences, batch_sampler: Any) -> DataLoader:
         return DataLoader(
             sequences,
             batch_sampler=batch_sampler,
@@ -221,9 +152,9 @@ class PackedTrainer(Trainer):
             pinned = self.args.dataloader_pin_memory and torch.cuda.is_available()
             return DataLoader(_StreamedSteps(self._streamed_steps), batch_size=None, pin_memory=pinned)
         self._filler = self.train_groups[0]
-        sequences = _Sequences(self.train_groups, self.sequence_capacity)
+        sequences = Sequences(self.train_groups, self.sequence_capacity)
         # Trainer has set state.epoch when it starts an epoch, also in the middle of one after a resume.
-        sampler = _StepSampler(self.args, sequences.lengths, sequences.labels, epoch=lambda: int(self.state.epoch or 0))
+        sampler = StepSampler(self.args, sequences.lengths, sequences.labels, epoch=lambda: int(self.state.epoch or 0))
         return self._loader(sequences, sampler)
 
     def _streamed_steps(self) -> Iterator[Step]:
@@ -240,16 +171,16 @@ class PackedTrainer(Trainer):
 
     def _window_steps(self, place: dict[str, Any], window: GroupDataset, skipped: int) -> Iterator[Step]:
         self._filler = window[0]
-        sequences = _Sequences(window, self.sequence_capacity)
+        sequences = Sequences(window, self.sequence_capacity)
         number = place["pass"] * 1_000_003 + place["window"]
-        sampler = _StepSampler(self.args, sequences.lengths, sequences.labels, epoch=lambda: number)
+        sampler = StepSampler(self.args, sequences.lengths, sequences.labels, epoch=lambda: number)
         for position, step in enumerate(sampler.steps()[skipped:], skipped + 1):
             yield from [self._collate([])] * (self.args.gradient_accumulation_steps - 1)
             share = self._collate([sequences[i] for i in step[sampler.rank :: sampler.world_size]])
             yield dataclasses.replace(share, place=place | {"step": position})
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        sequences = _Sequences(self.eval_dataset if eval_dataset is None else eval_dataset, None)
+        sequences = Sequences(self.eval_dataset if eval_dataset is None else eval_dataset, None)
         indices = range(self.args.process_index, len(sequences), self.args.world_size)
         size = self.args.per_device_eval_batch_size
         return self._loader(sequences, [indices[i : i + size] for i in range(0, len(indices), size)])
@@ -369,11 +300,20 @@ class PackedTrainer(Trainer):
         for name, value in self.objective.sums(scores).items():
             self._sums[name] = self._sums.get(name, 0.0) + value.double() * counted
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self._place and self.args.should_save:
-            place = self._place | {"done": self.state.global_step}
-            Path(output_dir, _PLACE_FILE).write_text(json.dumps(place), encoding="utf-8")
+    def progress(self) -> dict[str, Any]:
+        place = self._place and self._place | {"done": self.state.global_step}
+        return {"token_budget": self.token_budget, "place": place}
+
+    def go_on(self, progress: dict[str, Any]) -> None:
+        self._place = progress.get("place", {})
+        self.token_budget = min(self.token_budget, progress.get("token_budget", self.token_budget))
+
+    def running(self) -> dict[str, Any]:
+        return super().running() | {"sums": self._sums}
+
+    def keep_running(self, sums: dict[str, Any]) -> None:
+        super().keep_running(sums)
+        self._sums = {name: value.to(self.args.device) for name, value in sums["sums"].items()}
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # Trainer's estimate reads padded inputs; tokens per second is logged instead
@@ -392,8 +332,6 @@ class PackedTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         self._last_log_time = time.perf_counter()
-        path = Path(resume_from_checkpoint or "", _PLACE_FILE)
-        self._place = json.loads(path.read_text(encoding="utf-8")) if resume_from_checkpoint and path.is_file() else {}
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @torch.no_grad()
@@ -410,7 +348,7 @@ class PackedTrainer(Trainer):
         if not self.accelerator._models:  # evaluation without training
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.callback_handler.eval_dataloader = dataloader
-        sequences: _Sequences = dataloader.dataset  # type: ignore[assignment]
+        sequences: Sequences = dataloader.dataset
         model: Any = self.model
         model.eval()
         parts: list[Scores] = []
@@ -420,7 +358,7 @@ class PackedTrainer(Trainer):
             self._add_reference(step)
             log_ratios += self._log_ratios(step, len(dialects))
             parts += [self._score(model, batch.to(self.args.device), 1.0) for batch in step.batches]
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)  # type: ignore[has-type]
         scores, _ = self._gather(parts)
         divergences = self._divergence(log_ratios)
         metrics = self._measure(scores, divergences[0])

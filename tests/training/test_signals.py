@@ -1,0 +1,147 @@
+"""Runs that are asked to stop: during a step, an evaluation, a save; and what then goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback
+
+from arabic_qwen.training import snapshots
+from arabic_qwen.training.base_trainer import BaseTrainer
+from tests.training.test_checkpoints import EXACT, outcome
+from tests.training.test_engine import sft_config
+
+CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143}
+
+
+class Send(TrainerCallback):
+    """Sends this process a signal at one moment of one step."""
+
+    def __init__(self, name, moment, step, times=1):
+        self.number, self.moment, self.step, self.times = getattr(signal, name), moment, step, times
+
+    def send(self, moment, step):
+        if self.times and (moment, step) == (self.moment, self.step):
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+            self.times = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.send("step", state.global_step + 1)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.batches = getattr(self, "batches", 0) + 1
+        self.send("evaluation", state.global_step)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.send("saved", state.global_step)
+
+
+STRATEGIES = {
+    "epoch": dict(evaluation_strategy="epoch", save_strategy="epoch"),
+    "steps": dict(evaluation_strategy="steps", save_strategy="steps", save_steps=2),
+}
+
+
+@pytest.fixture
+def config(model_dir, sft_file, tmp_path):
+    """Two epochs of three steps, dropout, the best model; four evaluation batches."""
+    values = EXACT | dict(num_train_epochs=2, per_device_eval_batch_size=1, validation_split=0.3, packing=False)
+    values |= dict(per_device_train_batch_size=3, learning_rate=1e-2) | STRATEGIES["steps"]
+    return sft_config(model_dir, sft_file, tmp_path / "run", **values)
+
+
+def train(config, *callbacks):
+    """The code that the command would exit with."""
+    try:
+        BaseTrainer(config.model_copy(update={"callbacks": [*callbacks]})).train()
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def learned(folder):
+    """The files of :func:`outcome`, the best model's among them, and each step's evaluation."""
+    files = {name: content for name, content in outcome(folder).items() if isinstance(content, bytes)}
+    entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return files, {entry["step"]: entry["eval_loss"] for entry in entries if "eval_loss" in entry}
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("name", sorted(CODES))
+def test_every_moment(config, tmp_path, name, strategy):
+    config = config.model_copy(update=STRATEGIES[strategy])
+    whole = tmp_path / "whole" / "run"
+    assert train(config.model_copy(update={"output_dir": str(whole)})) == 0
+    expected = learned(whole)
+    by_epoch = strategy == "epoch"
+    evaluated = [3, 6] if by_epoch else [1, 2, 5, 6]
+    moments = [("step", step) for step in (1, 2, 3, 6)] + [("evaluation", step) for step in evaluated]
+    moments += [("saved", 3 if by_epoch else 2)]
+    if name != "SIGTERM":
+        moments = moments[-2:]
+    for moment, step in moments:
+        folder = tmp_path / f"{moment}-{step}" / "run"
+        stopped = config.model_copy(update={"output_dir": str(folder)})
+        send = Send(name, moment, step)
+        assert train(stopped, send) == CODES[name], (moment, step)
+        newest = snapshots.find_checkpoints(folder)[0]
+        assert snapshots.step_of(newest) == step and snapshots.damage(newest) is None
+        assert not (folder / "run_summary.json").exists()
+        if moment == "evaluation":
+            assert send.batches % 4 == 1  # the rest was not waited for
+        assert train(stopped) == 0
+        assert learned(folder) == expected, (moment, step)
+
+
+def test_signals_go_back_to_who_had_them(config):
+    before = [signal.getsignal(getattr(signal, name)) for name in sorted(CODES)]
+    train(config, Send("SIGUSR1", "step", 1))
+    assert [signal.getsignal(getattr(signal, name)) for name in sorted(CODES)] == before
+
+
+def test_the_last_evaluation_is_not_waited_for_either(config):
+    class SendAtTheEnd(Send):
+        def on_train_end(self, args, state, control, **kwargs):
+            self.moment, self.step = "evaluation", state.global_step
+
+    assert train(config, SendAtTheEnd("SIGTERM", "never", 0)) == 143
+    assert not Path(config.output_dir, "run_summary.json").exists()
+    assert train(config) == 0
+
+
+SECOND = """
+import os, signal, sys
+from arabic_qwen import cli
+from arabic_qwen.training import resumable
+
+save = resumable.save_state
+
+def twice(state, path):
+    if "checkpoint-4" in str(path):
+        for _ in range(2):
+            os.kill(os.getpid(), getattr(signal, NAME))
+    save(state, path)
+
+resumable.save_state = twice
+NAME = sys.argv.pop()
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_second_one_during_a_save_stops_at_once_without_harm(config, tmp_path, name):
+    config.to_yaml(tmp_path / "run.yaml")
+    command = [sys.executable, "-c", SECOND, "train", str(tmp_path / "run.yaml"), name]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == {"SIGINT": 130, "SIGTERM": -signal.SIGTERM}[name], result.stderr
+    folder = Path(config.output_dir)
+    assert [path.name for path in snapshots.find_checkpoints(folder)] == ["checkpoint-2"]
+    assert train(config) == 0
+    assert not list(folder.glob(".unfinished-*"))
