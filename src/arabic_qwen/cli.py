@@ -126,16 +126,17 @@ def train(
         return
     from arabic_qwen.data.bad_rows import is_first_process
     from arabic_qwen.training.base_trainer import BaseTrainer
-    from arabic_qwen.training.checkpoints import find_run
+    from arabic_qwen.training.snapshots import find_checkpoints
 
     trainer = BaseTrainer(settings)
     try:
         trainer.train()
-    except KeyboardInterrupt:
-        checkpoint = find_run(settings).checkpoint
-        how = f"go on from {checkpoint}" if checkpoint else "start again, for there is no checkpoint yet"
-        print(f"stopped; the same command will {how}", file=sys.stderr)
-        raise typer.Exit(130) from None
+    except (KeyboardInterrupt, SystemExit) as stop:
+        saved = find_checkpoints(Path(settings.resolved_output_dir))
+        what = "the same command" if settings.resume_from_checkpoint == "auto" else "resume_from_checkpoint=auto"
+        how = f"go on from {saved[0]}" if saved else "start again, for there is no checkpoint yet"
+        print(f"stopped; {what} will {how}", file=sys.stderr)
+        raise typer.Exit(130 if isinstance(stop, KeyboardInterrupt) else 143) from None
     if not is_first_process():
         return
     for name, value in trainer.metrics.items():

@@ -79,8 +79,8 @@ class ResumableTrainer(Trainer):
             self._due, self._over, self._best_step = progress["due"], progress["over"], progress["best_step"]
         self._resumed_from = resume_from_checkpoint
         self.go_on(progress.get("trainer", {}))
-        if self.is_deepspeed_enabled:  # its shards are pickled; nothing but tensors may come out of them
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+        if self.is_deepspeed_enabled:
+            _restrict_deepspeed()
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -291,6 +291,16 @@ class ResumableTrainer(Trainer):
         if "cuda" in state and self.args.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.args.device)
         self.keep_running(state)
+
+
+def _restrict_deepspeed() -> None:
+    """Of DeepSpeed's pickled shards read tensors and these records of its own, and nothing else."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed asks for all objects
 
 
 def make_resumable(trainer: Any, config: BaseConfig, sums: dict[str, str], stop: StopOnSignal) -> None:
