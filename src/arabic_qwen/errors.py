@@ -15,3 +15,7 @@ class DatasetError(TrainingError):
 
 class ConfigurationError(TrainingError, ValueError):
     """A configuration has an unknown key, a bad value, or values that contradict each other."""
+
+
+class HostileTemplateError(TrainingError):
+    """A chat template exceeds the limits of its sandbox or tries to leave it."""

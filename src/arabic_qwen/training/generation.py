@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from arabic_qwen.data.conversations import Message
+from arabic_qwen.data.templates import render_prompt
 from arabic_qwen.models.reference import reference_policy
 
 
@@ -50,10 +51,7 @@ class GenerationMixin:
         if self.model is None:
             self.setup_model_and_tokenizer()
         self.model.eval()
-        prompts = [
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            for messages in conversations
-        ]
+        prompts = [render_prompt(self.tokenizer, messages) for messages in conversations]
         answers = [""] * len(prompts)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         size = self.config.per_device_eval_batch_size
