@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from arabic_qwen.errors import DatasetError
+from arabic_qwen.redaction import redact
 
 #: File of a run's output folder, one JSON object a line: `where`, `reason`, `row`.
 BAD_ROWS_FILE = "bad_rows.jsonl"
@@ -96,7 +97,7 @@ class BadRows:
             self.file.unlink(missing_ok=True)
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(entry, ensure_ascii=False, default=str) + "\n" for entry in self._found.values()]
+        lines = [redact(json.dumps(entry, ensure_ascii=False, default=str)) + "\n" for entry in self._found.values()]
         # JSON's own escapes for halves of surrogate pairs, which UTF-8 lacks
         self.file.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 

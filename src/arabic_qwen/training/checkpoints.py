@@ -16,6 +16,7 @@ from arabic_qwen.config import BaseConfig, load_config
 from arabic_qwen.data.bad_rows import BAD_ROWS_FILE, is_first_process
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.sources import RUN_CONFIG
+from arabic_qwen.redaction import redact
 from arabic_qwen.training.report import LOSS_CURVE, METRICS_FILE
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,8 @@ def _newest_checkpoint(folder: Path) -> str | None:
 def _differences(old: BaseConfig, new: BaseConfig) -> list[str]:
     """What was changed, as `name: before → after`; settings that do not change what is learned are left out."""
     before, after = ({"method": config.method, **config.model_dump()} for config in (old, new))
-    names = [name for name in after if before.get(name) != after[name] and name not in _HARMLESS]
+    changed = (name for name in after if redact(repr(before.get(name))) != redact(repr(after[name])))
+    names = [name for name in changed if name not in _HARMLESS]
     return [f"{name}: {before.get(name)!r} → {after[name]!r}" for name in names]
 
 
@@ -122,9 +124,12 @@ def _set_aside(folder: Path) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Remove what a run wrote, and nothing else."""
+    """Remove what a run wrote, and nothing else; of links, the link."""
     for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+        if checkpoint.is_symlink():
+            checkpoint.unlink()
+        elif checkpoint.name.removeprefix("checkpoint-").isdigit():
+            shutil.rmtree(checkpoint)
     for name in (SUMMARY, METRICS_FILE, LOSS_CURVE, RUN_CONFIG, BAD_ROWS_FILE):
         (folder / name).unlink(missing_ok=True)
 
@@ -134,7 +139,8 @@ def is_finished(folder: Path) -> bool:
 
 
 def finish_run(folder: Path, summary: dict[str, Any]) -> None:
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = redact(json.dumps(summary, indent=2, ensure_ascii=False))
+    (folder / SUMMARY).write_text(text + "\n", encoding="utf-8")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
