@@ -60,6 +60,7 @@ def test_isolated(terminal, is_terminal, text, expected):
         ("قال: Hello (نعم) 12", "12 (معن) Hello :لاق"),
         ("في x[0] = {ا} «نعم» ((ب))", "((ب)) «معن» {ا} = x[0] يف"),
         ("a (نعم) (b) > [ب]", "a (معن) (b) > [ب]"),
+        ("⟦نعم.<|end|>⟧", "⟦<|end|>.معن⟧"),
         ("a = قيمة", "a = ةميق"),
         ("مُدّ", "دّمُ"),  # each mark stays behind its letter
         ("\u2068نعم\u2069\u200f", "معن"),

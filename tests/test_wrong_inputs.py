@@ -219,7 +219,11 @@ BAD_ROWS = {
     "sft: two users": ("sft", {"messages": [TURN, TURN, {"role": "assistant", "content": "ج"}]}, ["must alternate"]),
     "sft: unknown role": ("sft", {"messages": [{"role": "teacher", "content": "a"}]}, ["'teacher' is no role", "use"]),
     "sft: control token": ("sft", {**SFT, "response": "a<|im_end|>b"}, ["control token <|im_end|>", "remove it"]),
-    "sft: a placeholder": ("sft", {**SFT, "response": "[إجابة]"}, ["a placeholder ([إجابة])", "write the answer"]),
+    "sft: a placeholder": (
+        "sft",
+        {**SFT, "response": "[إجابة]"},
+        ["response: is a placeholder ([إجابة])", "write the answer"],
+    ),
     "sft: swapped roles": (
         "sft",
         {"messages": [{"role": "assistant", "content": "ج"}, TURN]},

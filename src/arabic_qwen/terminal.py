@@ -25,7 +25,7 @@ _CONTROLS = dict.fromkeys([0x034F, 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F
 _MARKS = re.compile(
     r"([\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed\ufe0f]+)(.)"
 )
-_PAIRS = "()[]{}<>«»‹›≤≥"
+_PAIRS = "()[]{}<>«»‹›≤≥⟨⟩⟦⟧"
 _MIRRORED = dict(zip(_PAIRS, re.sub("(.)(.)", r"\2\1", _PAIRS), strict=True))
 _BRACKET = f"[{re.escape(_PAIRS)}]"
 _TAGGED = re.compile(f"{_TAG}({_BRACKET})|({_BRACKET}){_TAG}")

@@ -1,19 +1,22 @@
 """Public sets are read as they are; what is unusual in a row is told, and hostile text does no harm."""
 
+import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from arabic_qwen.audit.findings import CODES
-from arabic_qwen.config import METHOD_CONFIGS
+from arabic_qwen.config import METHOD_CONFIGS, SFTConfig
 from arabic_qwen.data.bad_rows import RowError
 from arabic_qwen.data.conversations import to_conversation
 from arabic_qwen.data.layouts import LAYOUTS, canonical, recognise, role_of
 from arabic_qwen.data.loaders import SFTDataLoader
 from arabic_qwen.data.preferences import to_contrast, to_feedback, to_pair
+from arabic_qwen.data.sources import read_rows
 from arabic_qwen.data.templates import set_template
 from arabic_qwen.training.objectives import METHODS
 
@@ -90,7 +93,11 @@ def test_roles(name, role):
     assert is_translated == (role is not None and not name.isascii())
 
 
-@pytest.mark.parametrize("dump", [as_json, repr], ids=["JSON", "Python"])
+def as_numpy(messages):
+    return str(np.array(messages, dtype=object))
+
+
+@pytest.mark.parametrize("dump", [as_json, repr, as_numpy], ids=["JSON", "Python", "numpy"])
 def test_messages_as_text(dump):
     answer = "سطر\nثانٍ: \"قال: it's\" \\ [{'role': …}] \t{}"
     row = {"messages": dump(turns("المستخدم", "المساعد", answer)), "id": 3}
@@ -99,6 +106,15 @@ def test_messages_as_text(dump):
     assert to_conversation(row) == expected["messages"]
     pair = {"chosen": dump(turns()), "rejected": dump(turns(answer="لا"))}
     assert to_pair(pair) == to_pair({"chosen": turns(), "rejected": turns(answer="لا")})
+
+
+def test_python_lists_in_csv(tmp_path):
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["messages"], [repr(turns())], [as_numpy(turns())], [as_json(turns())]])
+    rows = [row.values for row in read_rows(SFTConfig(), str(path))]
+    assert [to_conversation(row) for row in rows] == [turns()] * 3
+    assert [canonical(row)[1] for row in rows] == [["stringified_messages"]] * 2 + [[]]  # a cell can hold no list
 
 
 def test_rows_in_our_own_layout_are_not_copied():
@@ -134,6 +150,11 @@ HOSTILE = {
     "digits": "[{'role': " + "9" * 100_000 + "}]",
     "null byte": "[{'role': 'user\0', 'content': x}]",
 }
+
+
+def test_keys_of_messages_in_any_order():
+    text = "[{'weight': None, 'from': 'human', 'value': 'س'}, {'weight': 1.5, 'from': 'gpt', 'value': 'ج'}]"
+    assert [turn["content"] for turn in to_conversation({"conversations": text})] == ["س", "ج"]
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)

@@ -48,9 +48,10 @@ def to_conversation(values: dict[str, Any], system_prompt: str | None = None) ->
         question, answer = layout.columns
         messages = _history(values.get("history") or []) if question == "instruction" else []
         messages += read_question(values, question) + _turn(values, answer, "assistant")
-    for message in messages:
+    for position, message in enumerate(messages):
         if message["role"] == "assistant":
-            check_answer(message["content"], "answer")
+            place = f"[{position}]" if len(layout.columns) == 1 else ""
+            check_answer(message["content"], layout.columns[-1] + place)
     if messages and messages[0]["role"] != "system":
         system = field_text(values, "system") if values.get("system") else system_prompt
         if system:
@@ -62,7 +63,7 @@ def to_conversation(values: dict[str, Any], system_prompt: str | None = None) ->
 def wrong_columns(values: dict[str, Any], needed: str) -> RowError:
     """What to say of a row that lacks columns."""
     layout = recognise(values)
-    hint = "name yours in column_map"
+    hint = "name yours in column_map (`arabic-qwen data layouts` shows all)"
     if layout:
         *others, last = layout.methods
         hint = f"such rows are for method{'s' if others else ''} {', '.join(others)}{' and ' if others else ''}{last}"

@@ -92,8 +92,10 @@ LAYOUTS = (
     ),
 )
 
-#: Columns that may hold a list of messages.
-MESSAGE_COLUMNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
+_TEXTS = ("prompt", "completion", "chosen", "rejected")
+
+#: Columns that hold a list of messages, or may do so instead of text.
+MESSAGE_COLUMNS = ("messages", "conversations", *_TEXTS)
 
 _ROLES = {
     "system": "system",
@@ -111,7 +113,7 @@ _ROLES = {
 # Without ال and in the spelling of profile `compare`.
 _TRANSLATED_ROLES = {
     **dict.fromkeys(("نظام", "رساله نظام", "موجه نظام"), "system"),
-    **dict.fromkeys(("مستخدم", "مستخدمه", "انسان", "بشري", "سائل", "سائله", "عميل", "عميله"), "user"),
+    **dict.fromkeys(("مستخدم", "مستخدمه", "انسان", "بشر", "بشري", "سائل", "سائله", "عميل", "عميله"), "user"),
     **dict.fromkeys(
         ("مساعد", "مساعده", "مساعد ذكي", "ذكاء اصطناعي", "نموذج", "بوت", "روبوت", "مجيب", "مجيبه", "جي بي تي"),
         "assistant",
@@ -198,19 +200,21 @@ _LITERAL = regex.compile(
     r"""(?:\s++|[\[\]{}:,]|'(?:[^'\\\n]|\\.)*+'|"(?:[^"\\\n]|\\.)*+"|\d++(?:\.\d++)?|None|True|False)++"""
 )
 
+_BETWEEN = regex.compile(r"\}\s*\n\s*\{")  # how numpy, and so pandas' to_csv, separates them; strings have no line ends
+
 
 def _read_list(text: str, column: str) -> Any:
     """The list of messages that a text holds; the text itself where it is none."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        if not _MESSAGES.match(text):
+        if column in _TEXTS and not _MESSAGES.match(text):
             return text
         try:
-            found = ast.literal_eval(text.strip()) if _LITERAL.fullmatch(text) else None
+            if not _LITERAL.fullmatch(text):
+                raise ValueError
+            found = ast.literal_eval(_BETWEEN.sub("}, {", text.strip()))
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            found = None
-        if found is None:
             raise RowError(
                 f"{column}: is a list of messages stored as text, which is broken; store a list of messages",
                 "stringified_messages",
