@@ -111,6 +111,8 @@ ESCAPES = {
     "import": "{% import 'os' as os %}{{ os.system('touch MARKER') }}",
     "include": "{% include '/etc/passwd' %}",
     "joiner": "{{ joiner.__init__.__globals__.os.popen('touch MARKER').read() }}",
+    "letters": "{{ ('ا' * 9999999) | list | length }}",
+    "letters by name": "{{ ['ا' * 9999999] | map('list') | map('length') | first }}",
     "lipsum": "{{ lipsum.__globals__['os'].popen('touch MARKER').read() }}",
     "map attribute": "{{ ['']|map(attribute='__class__')|map(attribute='__mro__')|list|first|last }}!{{ 1/0 }}",
     "namespace": "{{ namespace.__init__.__globals__['sys'].modules['os'].system('touch MARKER') }}",
@@ -171,6 +173,9 @@ BOMBS = {
     "set block": "{% set x %}" + LOOP + "aaaaaaaaaa" + END + "{% endset %}",
     "slices": "{% set x = 'a' * 9999999 %}{% set ns = namespace(y=[]) %}"
     "{% for i in range(999) %}{% set ns.y = ns.y + [x[i:]] %}{% endfor %}",
+    "split": "{{ ('اب,' * 3000000).split(',') | length }}",
+    "split at spaces": "{{ ('اب ' * 3000000).split() | length }}",
+    "split into lines": "{{ ('اب\n' * 3000000).splitlines() | length }}",
     "spread": "{% macro f() %}{{ f(varargs, varargs) }}{% endmacro %}{{ f('a') }}",
     "strings of lists": DOUBLE.format(start="['a']", next="[ns.x, ns.x] | string"),
     "tabs": "{{ '\t'.expandtabs(10**9) }}",

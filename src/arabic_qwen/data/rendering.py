@@ -34,9 +34,9 @@ _LONGEST_NUMBER = 4096  # bits
 SECONDS = 3.0
 
 _FILTERS = (
-    *("abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby", "int"),
-    *("items", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "safe"),
-    *("select", "selectattr", "sort", "string", "title", "trim", "truncate", "unique", "upper", "wordcount"),
+    *("abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "int", "items"),
+    *("last", "length", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "safe", "select"),
+    *("selectattr", "string", "title", "trim", "truncate", "upper", "wordcount"),
 )
 
 _STR_METHODS = {
@@ -135,6 +135,15 @@ def _iterated(context: Any, values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
         _spent.add(0)
         yield value
+
+
+def _list(values: Iterable[Any]) -> list[Any]:
+    return [_count(value) for value in values]
+
+
+def _count_pieces(text: str, separator: str | None = None, *_: Any, **__: Any) -> None:
+    """Count what str.split makes, before it does."""
+    _spent.add(_OBJECT * (text.count(separator) if separator else len(text) // 2))
 
 
 def _replace(text: Any, old: Any, new: Any, count: int | None = None) -> str:
@@ -244,7 +253,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         # Unoptimised: what is computed at compile time is not counted.
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_Generation, loopcontrols])
         self.filters = {name: FILTERS[name] for name in _FILTERS}
-        self.filters |= {"join": _join, "replace": _replace, "indent": _indent, "tojson": _tojson}
+        self.filters |= {"join": _join, "replace": _replace, "indent": _indent, "list": _list, "tojson": _tojson}
         self.filters |= {"_counted": _counted, "_iterated": _iterated}
         self.globals = {"range": self.globals["range"], "dict": _dict, "namespace": _Namespace}
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
@@ -276,9 +285,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         _count(args)
         _count(kwargs)
-        text = getattr(__obj, "__self__", None)
-        if isinstance(text, str) and __obj.__name__ == "replace":
+        text: Any = getattr(__obj, "__self__", None)
+        method = __obj.__name__ if isinstance(text, str) else ""
+        if method == "replace":
             return _count(_replace(text, *args, **kwargs))
-        if isinstance(text, str) and __obj.__name__ == "join":
+        if method == "join":
             return _count(_join(__self, args[0], text))
+        if method in ("split", "rsplit", "splitlines"):
+            _count_pieces(text, *args if method != "splitlines" else ())
         return _count(super().call(__context, __obj, *args, **kwargs))

@@ -42,6 +42,8 @@ ALPACA = (
     "{%- if add_generation_prompt %}{{- RESPONSE }}{%- endif %}"
 )
 
+_LONGEST_REASON = 500  # characters of what a template says
+
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
@@ -194,7 +196,7 @@ def _render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: 
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
         place = f" (line {line} of the template)" if line else ""
-        raise ValueError(f"the chat template refuses the conversation: {error}{place}") from None
+        raise ValueError(f"the chat template refuses the conversation: {str(error)[:_LONGEST_REASON]}{place}") from None
 
 
 def encode_pieces(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[Piece]]) -> list[Group]:
