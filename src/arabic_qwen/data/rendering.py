@@ -63,7 +63,8 @@ def render(template: str, **variables: Any) -> str:
         HostileTemplateError: it exceeds the limits, or does what a sandbox forbids.
         Exception: anything else that a program may fail with.
     """
-    _spent.begin(sum(len(text) for message in variables["messages"] for text in message.values()))
+    given = (text for message in variables["messages"] for text in message.values() if isinstance(text, str))
+    _spent.begin(sum(map(len, given)))
     try:
         return _compiled(template).render(variables)
     except (SecurityError, OverflowError, RecursionError, MemoryError) as error:
