@@ -163,6 +163,19 @@ VALUES = {
     "unknown report": ("sft report_to=nowhere", 2, ["report_to: 'nowhere' is unknown", "choose from none"]),
     "no deepspeed file": ("sft deepspeed=none.json", 2, ["deepspeed: none.json", "give a DeepSpeed JSON"]),
     "output is a file": ("sft output_dir=sft.yaml", 2, ["output_dir: sft.yaml", "is a file", "choose another"]),
+    "unknown profile": ("sft normalize=compare", 2, ["normalize: must be train or false", "'compare'"]),
+    "unknown setting of diacritics": ("sft diacritics=remove", 2, ["diacritics: must be keep, strip or partial"]),
+    "unknown setting of a column": (
+        'sft diacritics={"response":"no"}',
+        2,
+        ["diacritics: must be keep, strip or partial"],
+    ),
+    "a column that no row has": (
+        'sft diacritics={"output":"strip"}',
+        2,
+        ["diacritics: no row has output; the rows' columns are instruction, response"],
+    ),
+    "negative samples": ("sft eval_samples=-1", 2, ["eval_samples: ", "greater than or equal to 0"]),
     "everything held out": ("sft validation_split=0.99", 2, ["validation_split", "leaves none to train on"]),
 }
 

@@ -27,6 +27,7 @@ app = typer.Typer(
     \b
       arabic-qwen doctor                    what this machine can do
       arabic-qwen quickstart                all of it with a tiny model, 2 minutes
+      arabic-qwen data check rows.jsonl     what is wrong with your data
       arabic-qwen init sft > sft.yaml       put your model and your data there
       arabic-qwen train sft.yaml --dry-run  check it all, and what it would take
       arabic-qwen train sft.yaml            train

@@ -10,7 +10,7 @@ from arabic_qwen.data.conversations import to_conversation
 from arabic_qwen.models.sources import EMBEDDED_MODEL
 from arabic_qwen.terminal import isolated
 from arabic_qwen.training.dpo_trainer import DPOTrainer
-from arabic_qwen.training.report import METRICS_FILE, read_metrics
+from arabic_qwen.training.report import METRICS_FILE, read_entries
 from arabic_qwen.training.sft_trainer import SFTTrainer
 
 _SHOWN = 6  # held-out prompts that are answered before and after
@@ -89,7 +89,7 @@ def _prefer(model: str, output_dir: str, tiny: bool, common: dict[str, Any]) -> 
     print("\n2. Preference optimisation (DPO) of the result on sample:dpo, a tenth of the pairs held out")
     before = trainer.evaluate()
     trainer.train()
-    trained = [entry for entry in read_metrics(Path(output_dir, METRICS_FILE)) if "rewards/margins" in entry]
+    trained = [entry for entry in read_entries(Path(output_dir, METRICS_FILE)) if "rewards/margins" in entry]
     held_out = trainer.metrics["eval_rewards/margins"], trainer.metrics["eval_rewards/accuracies"]
     margins = " → ".join(f"{entry['rewards/margins']:.2f}" for entry in trained)
     print(f"\nMargin of chosen over rejected answers while training: {margins}")

@@ -1,5 +1,6 @@
 import pytest
 
+from arabic_qwen.data.bad_rows import RowError
 from arabic_qwen.data.conversations import to_conversation
 
 
@@ -179,3 +180,10 @@ def test_history_of_alpaca_rows():
     assert [m["content"] for m in to_conversation(row)] == ["مرحبا", "أهلًا", "كيف حالك؟", "بخير", "والآن؟", "نعم."]
     with pytest.raises(ValueError, match="history"):
         to_conversation(row | {"history": ["مرحبا"]})
+
+
+def test_text_in_a_wrong_encoding_is_a_bad_row():
+    broken = "العربية لغة جميلة".encode().decode("latin-1")
+    with pytest.raises(RowError, match="response: was read in a wrong encoding") as raised:
+        to_conversation({"instruction": "ما العربية؟", "response": broken})
+    assert raised.value.code == "mojibake"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arabic_qwen.text.scripts import arabic_share, script_shares
+from arabic_qwen.text.scripts import arabic_share, leaked_scripts, script_shares
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,27 @@ def test_arabic_share():
     assert arabic_share("كتاب book") == 0.5
     assert arabic_share("book") == 0.0
     assert arabic_share("42") is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "leaked"),
+    [
+        ("ما عاصمة الصين؟", "بكين", []),
+        ("ما عاصمة الصين؟", "هي 北京 بكين", ["Han"]),
+        ("ما عاصمة روسيا؟", "Москва 你", ["Cyrillic", "Han"]),
+        ("ما معنى 你好 بالعربية؟", "معنى 你好 هو مرحبا", []),
+        ("من صنع الهاتف؟", "صنعته شركة Apple.", []),
+        ("ما النسبة؟", "هي π تقريبًا", []),
+        ("ما عاصمة الصين؟", "The capital is Beijing.", ["Latin"]),
+        ("ترجم إلى الإنجليزية كلمة hello", "The word is hello.", []),
+        ("ما عاصمة الصين؟", "", []),
+        ("ما الناتج؟", "`print(x)` https://example.com", []),
+        ("What is the capital?", "北京", None),
+        ("42", "北京", None),
+    ],
+)
+def test_leaked_scripts(prompt, answer, leaked):
+    assert leaked_scripts(prompt, answer) == leaked
 
 
 @given(st.text())

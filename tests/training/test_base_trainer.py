@@ -29,6 +29,7 @@ def config(model_dir, sft_file, tmp_path):
         learning_rate=1e-3,
         max_steps=2,
         validation_split=0.25,
+        eval_samples=0,
     )
 
 
@@ -262,6 +263,24 @@ class TestTrain:
         config.overwrite_output_dir = True
         create_sft_trainer(config).train()
 
+    def test_an_unfinished_run_of_a_version_that_did_not_normalise(self, trained, config, caplog):
+        Path(config.output_dir, "run_summary.json").unlink()
+        record = Path(config.output_dir, "training_config.yaml")
+        new = ("normalize", "diacritics", "eval_samples", "dialect_model")
+        lines = [line for line in record.read_text().splitlines() if not line.startswith(new)]
+        record.write_text("\n".join(lines))
+        with pytest.raises(ConfigurationError, match=r"normalize: False → 'train'.*go on with normalize=false"):
+            create_sft_trainer(config).train()
+        config.normalize = False
+        create_sft_trainer(config).train()
+        assert f"Going on from {config.output_dir}/checkpoint-2" in caplog.text
+
+    def test_a_finished_run_of_a_version_that_did_not_normalise(self, trained, config, caplog):
+        record = Path(config.output_dir, "training_config.yaml")
+        record.write_text("\n".join(line for line in record.read_text().splitlines() if "normalize" not in line))
+        create_sft_trainer(config).train()
+        assert "holds this run, finished" in caplog.text
+
     def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(self, trained, config, caplog):
         Path(config.output_dir, "run_summary.json").unlink()
         Path(config.output_dir, "checkpoint-3").mkdir()
@@ -399,6 +418,20 @@ class TestSavingAndLoading:
         other.train()
         assert any(not torch.equal(p, start[n]) for n, p in other.model.named_parameters() if "lora_B" in n)
 
+    def test_questions_are_read_as_in_training(self, config):
+        config.diacritics = {"instruction": "strip", "response": "keep"}
+        trained = create_sft_trainer(config)
+        trained.train()
+        other = BaseTrainer(SFTConfig(model_name="unused", torch_dtype="float32"))
+        other.load_model(config.output_dir)
+        assert other.config.diacritics == config.diacritics
+        plain, typed = "ما عاصمة الأردن؟", "مَـا عاصِمَة ﺍﻷﺭﺩﻥ؟\u200f"
+        answer = other.predict(plain, max_length=6, do_sample=False)
+        assert other.predict(typed, max_length=6, do_sample=False) == answer
+        other.config.normalize, other.config.diacritics = False, "keep"
+        assert other.predict(plain, max_length=6, do_sample=False) == answer
+        assert other.predict(typed, max_length=6, do_sample=False) != answer
+
 
 class TestStages:
     @pytest.mark.parametrize("second", ["adapter", "full"])
@@ -429,6 +462,15 @@ class TestStages:
         changes.get_data_loader()
         assert "### Instruction" in changes.tokenizer.chat_template
         assert "unset it to keep that one" in caplog.text
+
+    def test_normalisation_of_the_first_stage_is_kept_unless_another_is_named(self, config, tmp_path):
+        config.normalize, config.diacritics = False, "strip"
+        create_sft_trainer(config).train()
+        values = {"model_name": config.output_dir, "dataset_path": config.dataset_path, "torch_dtype": "float32"}
+        for given, expected in (({}, (False, "strip")), ({"diacritics": "keep"}, (False, "keep"))):
+            later = BaseTrainer(SFTConfig(**values, **given))
+            later.get_data_loader()
+            assert (later.config.normalize, later.config.diacritics) == expected
 
     def test_own_template_goes_with_the_output(self, config, tmp_path):
         path = tmp_path / "own.jinja"

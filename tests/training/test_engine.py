@@ -34,6 +34,7 @@ def sft_config(model_dir, sft_file, output_dir, **values):
         per_device_train_batch_size=2,
         max_steps=3,
         logging_steps=1,
+        eval_samples=0,
     )
     return SFTConfig(**(settings | values))
 
@@ -223,7 +224,7 @@ def test_evaluation_is_the_token_mean_over_the_whole_set(model_dir, sft_file, tm
 
 def test_two_processes_equal_one(model_dir, sft_file, tmp_path):
     """Batch 2 on one process equals batch 1 on two, at a ragged end too (an odd number of rows, one epoch)."""
-    values = dict(max_steps=None, num_train_epochs=1, save_steps=100, validation_split=0.25)
+    values = dict(max_steps=None, num_train_epochs=1, save_steps=100, validation_split=0.25, eval_samples=2)
     one, trainer = trained_weights(sft_config(model_dir, sft_file, tmp_path / "one", **values))
     assert len(trainer.dataset["train"]) % 2 == 1
     config = sft_config(
@@ -241,3 +242,5 @@ def test_two_processes_equal_one(model_dir, sft_file, tmp_path):
         for n in ("one", "two")
     ]
     assert losses[0][-1] == pytest.approx(losses[1][-1], abs=1e-5)
+    samples = [(tmp_path / name / "samples.jsonl").read_text(encoding="utf-8").splitlines() for name in ("one", "two")]
+    assert len(samples[0]) == len(samples[1])

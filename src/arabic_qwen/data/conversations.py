@@ -7,6 +7,7 @@ from typing import Any
 
 from arabic_qwen.data.bad_rows import RowError
 from arabic_qwen.data.layouts import LAYOUTS, MESSAGE_COLUMNS, canonical, recognise, role_of
+from arabic_qwen.text.encoding import MOSTLY, mojibake_share
 from arabic_qwen.text.normalization import normalize
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -117,6 +118,10 @@ def field_text(values: dict[str, Any], key: str, place: str = "", role: str = ""
         raise RowError(f"{place}{key}: must be text, found {'nothing' if text is None else type(text).__name__}")
     if not text.strip():
         raise RowError(f"{place}{key}: is empty", "empty_answer" if role == "assistant" else "broken_row")
+    if mojibake_share(text) > MOSTLY:
+        raise RowError(
+            f"{place}{key}: was read in a wrong encoding; `arabic-qwen data fix` decodes it again", "mojibake"
+        )
     if _SURROGATE.search(text):
         raise RowError(f"{place}{key}: has half of a surrogate pair (a broken \\u escape), which is no character")
     return text

@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -36,6 +36,8 @@ class Row(NamedTuple):
     where: str  # file:line, or file:row N where lines mean nothing
     values: dict[str, Any]
     source: int = 0  # which entry of dataset_path it comes from
+    given: dict[str, Any] | None = None  # the values before they were normalised, where that changed them
+    changes: Mapping[str, int] = {}  # characters that each rule changed
 
 
 Rows = Iterator[Row | BadRow]

@@ -11,7 +11,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import datasets
 from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -160,6 +159,8 @@ def _read_folder(folder: Path, source: DataSource) -> Iterator[tuple[str, Rows]]
             raise DatasetError(f"{folder}: holds no data files; they are named {FORMATS}")
         yield from ((name, read_file(folder / name)) for name in names)
         return
+    import datasets  # takes seconds, which those who read plain files need not wait
+
     _check_inside(folder, folder.rglob("*"))
     try:
         _check_saved(folder)
@@ -200,6 +201,8 @@ def _check_saved(folder: Path) -> None:
 
 
 def _load_from_hub(source: DataSource, stream: bool) -> Iterable[dict[str, Any]]:
+    import datasets
+
     name = source.path
     try:
         if not is_offline_mode():  # `datasets` would try for half a minute

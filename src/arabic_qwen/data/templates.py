@@ -158,6 +158,18 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     return _render(tokenizer, messages, add_generation_prompt=True)
 
 
+def last_question(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """What the user says last in a rendered prompt; all of the prompt where the template does not set it apart."""
+    mark = "\ue000"  # of the private use area, which no template changes
+    question, answer = {"role": "user", "content": mark}, {"role": "assistant", "content": mark}
+    before, _, after = render_prompt(tokenizer, [question]).partition(mark)
+    between = render_prompt(tokenizer, [question, answer, question]).split(mark)[2]
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before[::-1], between[::-1], strict=False))
+    header = "".join(letter for letter, _ in same)[::-1]
+    text = prompt.removesuffix(after)
+    return text.rpartition(header)[2] if header else text
+
+
 def _render_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[str, str]:
     """What stands before the last message, an assistant's, and what rendering adds for it."""
     before = render_prompt(tokenizer, messages[:-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from arabic_qwen.errors import ModelLoadError
 
 #: Names of files that Python unpickles, which can run any code.
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+
+FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
 
 _ATTENTION = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"}
 
@@ -33,18 +35,19 @@ def refuse_pickle(place: str | Path, file: str) -> ModelLoadError:
     )
 
 
-def check_files(name: str, path: str) -> None:
+def check_files(name: str, path: str, files: Iterable[str] = FILES) -> None:
     """Raise ModelLoadError where a file of the model or adapter asks for code.
 
     Args:
         name: what the user calls it.
         path: its folder, or its hub id.
+        files: those that will be used.
     """
-    for file, problems in _PROBLEMS.items():
+    for file in files:
         found = cached_file(path, file, _raise_exceptions_for_missing_entries=False)
         if found is None:
             continue
-        for key, reason in problems(read_json(Path(found))):
+        for key, reason in _PROBLEMS[file](read_json(Path(found))):
             raise ModelLoadError(f"{name}: {file}: {key} {reason}, which is refused; {_remedy(key)}")
     if (Path(path) / "custom_generate").exists():
         raise ModelLoadError(f"{name}: the folder custom_generate brings code, which is refused; remove it")
@@ -101,12 +104,7 @@ def _runs_long(pattern: Any) -> bool:
     return not isinstance(pattern, str) or len(re.findall(r"[*+{]", pattern)) > 1
 
 
-_PROBLEMS: dict[str, Callable[[dict[str, Any]], Iterator[tuple[str, str]]]] = {
-    "config.json": _model,
-    "generation_config.json": _code,
-    "tokenizer_config.json": _tokenizer,
-    "adapter_config.json": _adapter,
-}
+_PROBLEMS = dict(zip(FILES, (_model, _code, _tokenizer, _adapter), strict=True))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def locate_model(name: str) -> str:
             raise ModelLoadError(
                 f"{name}: the folder does not exist; give the folder of a model or of a finished run, or a hub id"
             )
-        path = _locate_on_hub(name)
+        path = locate_on_hub(name)
     if Path(path).is_dir():
         _check_folder(Path(path))
     try:
@@ -83,7 +83,12 @@ def locate_model(name: str) -> str:
     return path
 
 
-def _locate_on_hub(name: str) -> str:
+def locate_on_hub(name: str) -> str:
+    """The hub id, or the folder of an earlier download where the hub cannot be asked.
+
+    Raises:
+        ModelLoadError: the hub has no such model, or does not give it to this machine.
+    """
     # One request, not repeated: from_pretrained retries for half a minute what will not get better.
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"))

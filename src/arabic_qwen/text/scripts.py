@@ -26,6 +26,7 @@ SCRIPTS = (
     "Georgian",
     "Ethiopic",
 )
+_SYMBOLS = ("Latin", "Greek")
 _PATTERNS = {script: regex.compile(rf"\p{{Script={script}}}") for script in SCRIPTS}
 _LETTER = regex.compile(r"\p{L}")
 _SHARED = regex.compile(r"[\p{Script=Common}\p{Script=Inherited}]")  # tatweel, ª, mathematical letters
@@ -40,7 +41,7 @@ def script_shares(text: str) -> dict[str, float]:
     prose, _ = hide_spans(text)
     counts: Counter[str] = Counter()
     for char, count in Counter(prose.replace(PLACEHOLDER, "")).items():
-        if script := _script(char):
+        if script := letter_script(char):
             counts[script] += count
     return {script: count / counts.total() for script, count in counts.most_common()}
 
@@ -51,8 +52,21 @@ def arabic_share(text: str) -> float | None:
     return shares.get("Arabic", 0.0) if shares else None
 
 
+def leaked_scripts(prompt: str, answer: str) -> list[str] | None:
+    """Scripts of an answer that its Arabic prompt did not ask for; None where the prompt is not mostly Arabic.
+
+    A script that the prompt has too is asked for. Latin and Greek letters are also names, units and symbols, so these
+    count where most of the answer is in them.
+    """
+    if (arabic_share(prompt) or 0) <= 0.5:
+        return None
+    asked = {"Arabic", *script_shares(prompt)}
+    shares = script_shares(answer)
+    return [script for script in shares if script not in asked and (script not in _SYMBOLS or shares[script] > 0.5)]
+
+
 @lru_cache(maxsize=100_000)
-def _script(char: str) -> str | None:
+def letter_script(char: str) -> str | None:
     """The script of a letter, None for anything else."""
     if not _LETTER.match(char) or _SHARED.match(char):
         return None

@@ -18,13 +18,23 @@ from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.sources import RUN_CONFIG
 from arabic_qwen.redaction import redact
 from arabic_qwen.training.report import LOSS_CURVE, METRICS_FILE
+from arabic_qwen.training.samples import SAMPLES_FILE
 
 logger = logging.getLogger(__name__)
 
 SUMMARY = "run_summary.json"  # written last: a folder that has it holds a finished run
 
 # May differ when a run goes on: they do not change what is learned.
-_HARMLESS = {"overwrite_output_dir", "report_to", "run_name", "logging_steps", "output_dir", "max_bad_rows"}
+_HARMLESS = {
+    "overwrite_output_dir",
+    "report_to",
+    "run_name",
+    "logging_steps",
+    "output_dir",
+    "max_bad_rows",
+    "eval_samples",
+    "dialect_model",
+}
 
 
 class Run(NamedTuple):
@@ -48,14 +58,20 @@ def find_run(config: BaseConfig) -> Run:
         return Run(folder)
     finished, checkpoint = is_finished(folder), _newest_checkpoint(folder)
     record = folder / RUN_CONFIG
-    changed = _differences(load_config(record), config) if record.is_file() else []
+    changed, hint = [], ""
+    if record.is_file():
+        old = load_config(record)
+        if not finished and "normalize" not in old.model_fields_set:
+            old.normalize = False
+            hint = " (it was begun by a version that did not normalise: go on with normalize=false)"
+        changed = _differences(old, config)
     if not changed:
         return Run(folder, finished, checkpoint)
     if not finished and not checkpoint:
         return Run(folder)
     if not finished or Path(config.model_name).absolute().is_relative_to(folder.absolute()):
         raise ConfigurationError(
-            f"output_dir: {folder} holds a run with other settings ({'; '.join(changed)}); "
+            f"output_dir: {folder} holds a run with other settings ({'; '.join(changed)}){hint}; "
             "choose another output_dir, or set overwrite_output_dir to true to discard that run"
         )
     return Run(folder, in_the_way=True)
@@ -130,7 +146,7 @@ def _discard(folder: Path) -> None:
             checkpoint.unlink()
         elif checkpoint.name.removeprefix("checkpoint-").isdigit():
             shutil.rmtree(checkpoint)
-    for name in (SUMMARY, METRICS_FILE, LOSS_CURVE, RUN_CONFIG, BAD_ROWS_FILE):
+    for name in (SUMMARY, METRICS_FILE, SAMPLES_FILE, LOSS_CURVE, RUN_CONFIG, BAD_ROWS_FILE):
         (folder / name).unlink(missing_ok=True)
 
 

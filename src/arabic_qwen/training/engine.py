@@ -30,7 +30,9 @@ from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.losses.kto import kto_kl
 from arabic_qwen.models.reference import Reference
 from arabic_qwen.training.objectives import Objective, Scores, Sums, join_scores
+from arabic_qwen.training.samples import Samples
 
+_BY_DIALECT = ("loss", "rewards/accuracies")
 _PLACE_FILE = "stream.json"  # of a checkpoint: how far the streamed data is used
 
 
@@ -189,6 +191,7 @@ class PackedTrainer(Trainer):
         self.token_budget = token_budget
         self.sequence_capacity = sequence_capacity
         self.reference: Any = reference
+        self.samples: Samples | None = None  # taken at each evaluation of eval_dataset
         self._place: dict[str, Any] = {}
         self._sums: Sums = {}
         self._tokens_since_log = 0
@@ -202,6 +205,12 @@ class PackedTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether this process may answer held-out prompts: the others wait, which sharded weights do not allow."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return self.eval_dataset is not None and self.is_world_process_zero() and not sharded
 
     @property
     def _collate(self) -> _Collate:
@@ -257,7 +266,7 @@ class PackedTrainer(Trainer):
         share = self.args.world_size if inputs.groups else 0  # DDP averages gradients over ranks
         step = inputs if inputs.groups else self._collate([[self._filler]])  # it joins the reduction without rows too
         self._add_reference(step)
-        kl = self._divergence(self._log_ratios(step) * bool(share)) if self.objective.needs_kl else 0.0
+        kl = self._divergence(self._log_ratios(step) * bool(share))[0] if self.objective.needs_kl else 0.0
         slopes = self._slopes(inputs.batches, mean_length) if self.objective.whole_step else None
         batches = step.batches
         loss_sum = torch.zeros((), device=self.args.device)
@@ -297,6 +306,7 @@ class PackedTrainer(Trainer):
             others=batch.others,
             others_group=batch.others_group,
             label=batch.labels,
+            tags=batch.tags,
             mean_chosen_length=mean_length,
             kl=kl,
         )
@@ -315,18 +325,21 @@ class PackedTrainer(Trainer):
                     batch.reference = batch.reference[0::2]
 
     @torch.no_grad()
-    def _log_ratios(self, step: Step) -> torch.Tensor:
-        """[2] sum and number of this rank's log-ratios of mismatched completions."""
-        found = torch.zeros(2, device=self.args.device)
+    def _log_ratios(self, step: Step, num_tags: int = 0) -> torch.Tensor:
+        """[2, 1 + tags] sum and number of this rank's log-ratios of mismatched completions: of all, and by tag."""
+        found = torch.zeros(2, 1 + num_tags, device=self.args.device)
         for batch in step.mismatched:
             # Not through DDP, whose ranks must call forward equally often: one may have no rows.
             scores = self._score(self.model, batch.to(self.args.device), 1.0)
             assert scores.reference is not None
-            found += torch.stack([(scores.policy - scores.reference).sum(), found.new_full((), len(scores.policy))])
+            ratios = scores.policy - scores.reference
+            for tag in range(1 + num_tags):
+                some = ratios[scores.tags == tag] if tag else ratios
+                found[:, tag] += torch.stack([some.sum(), found.new_full((), len(some))])
         return found
 
     def _divergence(self, log_ratios: torch.Tensor) -> torch.Tensor:
-        """KTO's z from :meth:`_log_ratios` of all ranks."""
+        """[1 + tags] KTO's z from :meth:`_log_ratios` of all ranks."""
         return kto_kl(*self.accelerator.reduce(log_ratios, "sum"))
 
     def _slopes(self, batches: list[PackedBatch], mean_length) -> Iterator[torch.Tensor]:
@@ -392,7 +405,7 @@ class PackedTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Loss over the whole set (not a mean of batch means) and the objective's derived metrics."""
+        """Loss over the whole set (not a mean of batch means) and the objective's metrics; some of both by dialect."""
         started = time.perf_counter()
         if not self.accelerator._models:  # evaluation without training
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
@@ -401,18 +414,22 @@ class PackedTrainer(Trainer):
         model: Any = self.model
         model.eval()
         parts: list[Scores] = []
-        log_ratios = torch.zeros(2, device=self.args.device)
+        dialects = getattr(sequences.groups, "dialects", ())
+        log_ratios = torch.zeros(2, 1 + len(dialects), device=self.args.device)
         for step in dataloader:
             self._add_reference(step)
-            log_ratios += self._log_ratios(step)
+            log_ratios += self._log_ratios(step, len(dialects))
             parts += [self._score(model, batch.to(self.args.device), 1.0) for batch in step.batches]
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         scores, _ = self._gather(parts)
-        scores.mean_chosen_length = scores.num_targets[scores.first].float().mean()
-        scores.kl = self._divergence(log_ratios)
-        loss = self.objective.loss(scores).mean().item()
-        sums = {name: value.item() for name, value in self.objective.sums(scores).items()}
-        metrics = {"loss": loss, **self.objective.derive(sums, loss)}
+        divergences = self._divergence(log_ratios)
+        metrics = self._measure(scores, divergences[0])
+        for tag, dialect in enumerate(dialects, 1):
+            part = self._measure(scores.tagged(tag), divergences[tag])
+            metrics |= {f"{name}/{dialect}": part[name] for name in _BY_DIALECT if name in part}
+        if self.samples and sequences.groups is self.eval_dataset:
+            with self.accelerator.autocast():
+                metrics |= self.samples(model, self.state.global_step)
         self._last_log_time += time.perf_counter() - started  # tokens per second are those of training
         return EvalLoopOutput(
             predictions=None,  # type: ignore[arg-type]
@@ -420,3 +437,11 @@ class PackedTrainer(Trainer):
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=len(sequences),
         )
+
+    def _measure(self, scores: Scores, divergence: torch.Tensor) -> dict[str, float]:
+        """Loss and metrics of a whole set."""
+        scores.mean_chosen_length = scores.num_targets[scores.first].float().mean()
+        scores.kl = divergence
+        loss = self.objective.loss(scores).mean().item()
+        sums = {name: value.item() for name, value in self.objective.sums(scores).items()}
+        return {"loss": loss, **self.objective.derive(sums, loss)}

@@ -1,0 +1,202 @@
+"""`arabic-qwen data check`: one pass over data files that finds what is wrong with them."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from arabic_qwen.audit.answer_checks import answer_findings, asked_dialect, nearly_equal, too_little_arabic
+from arabic_qwen.audit.duplicates import Duplicates
+from arabic_qwen.audit.findings import CODES, Finding, Level
+from arabic_qwen.audit.rows import Conversation, known_method, method_of, read_row
+from arabic_qwen.audit.statistics import Statistics, row_texts
+from arabic_qwen.audit.text_checks import Found, around, html_finding, text_findings
+from arabic_qwen.config import SFTConfig
+from arabic_qwen.data.bad_rows import BadRow, RowError
+from arabic_qwen.data.layouts import canonical
+from arabic_qwen.data.readers import Row
+from arabic_qwen.data.sources import read_rows
+from arabic_qwen.text.dialects import UNKNOWN, load_classifier
+
+_BATCH = 1000  # rows: what is classified and hashed together
+# A wrong dialect is said of answers of so many words, with this confidence, where one word at least leans so far to the
+# dialect that was found, and none so far to the one asked for: borrowed words are many, function words tell.
+_FEWEST_WORDS, _SURE, _FOR, _AGAINST = 5, 0.9, 6.0, -3.0
+_SPEAKERS = {"system": "system prompt", "user": "prompt", "assistant": "answer"}
+
+
+@dataclass
+class Audit:
+    """What was found in some files."""
+
+    files: list[str]
+    findings: list[Finding] = field(default_factory=list)  # by file and line; at most `keep` of each code
+    counts: Counter[str] = field(default_factory=Counter)  # code → findings, all of them
+    errors: int = 0  # findings of level error
+    rows: int = 0
+    statistics: Statistics = field(default_factory=Statistics)
+
+
+def check(
+    files: Sequence[str],
+    method: str = "",
+    *,
+    keep: int | None = None,
+    watch: Callable[[Iterable[tuple[int, Row | BadRow]]], Iterable[tuple[int, Row | BadRow]]] = iter,
+) -> Audit:
+    """Read each file once and check its rows; several files are splits of one data set.
+
+    Args:
+        files: named as in training: files, folders, hub ids, sample:sft.
+        method: training method whose rows they are; "": as the columns of the first row say, for each file.
+        keep: findings of each code that are kept; None: all. All are counted.
+        watch: wraps the rows as they are read, for a progress bar.
+
+    Raises:
+        ConfigurationError: no such method.
+        DatasetError: a file does not exist or cannot be read.
+    """
+    known_method(method)
+    doctor = _Doctor(Audit(list(files)), method, keep)
+    rows = iter(watch(_read(files)))
+    while batch := list(itertools.islice(rows, _BATCH)):
+        doctor.examine(batch)
+    return doctor.finish()
+
+
+def _read(files: Sequence[str]) -> Iterator[tuple[int, Row | BadRow]]:
+    for number, name in enumerate(files):
+        yield from ((number, row) for row in read_rows(SFTConfig(), name))
+
+
+def place_of(where: str) -> tuple[str, int]:
+    """(file, line) of a row's place: "a.jsonl:3" or "a.parquet:row 3"."""
+    file, _, line = where.rpartition(":")
+    return file, int(line.removeprefix("row "))
+
+
+def _place(where: str, seen_from: str) -> str:
+    file, line = place_of(where)
+    return f"line {line}" if file == place_of(seen_from)[0] else f"{Path(file).name}:{line}"
+
+
+class _Doctor:
+    """Collects what is found, batch by batch."""
+
+    def __init__(self, audit: Audit, method: str, keep: int | None):
+        self.audit = audit
+        self._keep = keep
+        self._methods = dict.fromkeys(range(len(audit.files)), method)
+        self._duplicates = Duplicates()
+        self._places: list[str] = []  # of the rows in `_duplicates`, and how each begins
+        self._beginnings: list[str] = []
+        self._order: dict[str, int] = {}  # files in the order in which they are met
+        self._kept: Counter[str] = Counter()
+
+    def _add(self, where: str, found: Found) -> None:
+        code = found.code
+        level: Level = "error" if (found.level or CODES[code].level) == "error" else "warning"
+        self.audit.counts[code] += 1
+        self.audit.errors += level == "error"
+        file, line = place_of(where)
+        if self._keep is None or self._kept[code] < self._keep:
+            self._kept[code] += 1
+            self.audit.findings.append(Finding(code, level, file, line, found.message, found.example))
+
+    def examine(self, batch: list[tuple[int, Row | BadRow]]) -> None:
+        sound: list[tuple[int, str, Conversation]] = []  # (file, place, row)
+        for file, row in batch:
+            self.audit.rows += 1
+            self._order.setdefault(place_of(row.where)[0], len(self._order))
+            if isinstance(row, BadRow):
+                self._add(row.where, Found("broken_row", row.reason, _one_line(row.row)))
+                continue
+            self._methods[file] = self._methods[file] or method_of(row.values)
+            try:
+                values, codes = canonical(row.values)
+                conversation = read_row(values, self._methods[file] or "sft")
+            except RowError as error:
+                self._add(row.where, Found(error.code, str(error), _one_line(row.values)))
+                continue
+            sound.append((file, row.where, conversation))
+            for found in [Found(code, CODES[code].title, _one_line(row.values)) for code in codes]:
+                self._add(row.where, found)
+            for found in _findings(conversation):
+                self._add(row.where, found)
+        self._check_dialects(sound)
+        self.audit.statistics.add([row_texts(row) for _, _, row in sound])
+        self.audit.statistics.bad_rows += len(batch) - len(sound)
+        for file, group in itertools.groupby(sound, key=lambda item: item[0]):
+            self._remember(file, list(group))
+
+    def _check_dialects(self, rows: list[tuple[int, str, Conversation]]) -> None:
+        asked = [
+            (where, dialect, row.answer)
+            for _, where, row in rows
+            if row.learned and (dialect := asked_dialect(row.question)) and len(row.answer.split()) >= _FEWEST_WORDS
+        ]
+        if not asked:
+            return
+        classifier = load_classifier()
+        predictions = classifier.predict([answer for *_, answer in asked])
+        for (where, dialect, answer), (found, confidence) in zip(asked, predictions, strict=True):
+            # Dialects are taken for one another more easily than for standard Arabic.
+            if found in (UNKNOWN, dialect) or "MSA" not in (found, dialect) or confidence < _SURE:
+                continue
+            most, least = classifier.leaning(answer, found, dialect)
+            if most >= _FOR and least >= _AGAINST:
+                message = f"asks for {dialect}, the answer is {found} ({confidence:.0%} sure)"
+                self._add(where, Found("dialect_mismatch", message, around(answer, 0, 60)))
+
+    def _remember(self, file: int, rows: list[tuple[int, str, Conversation]]) -> None:
+        """For the search for duplicates."""
+        self._duplicates.add(file, [row.text() for _, _, row in rows])
+        self._places += [where for _, where, _ in rows]
+        self._beginnings += [around(row.question, 0, 40) for _, _, row in rows]
+
+    def finish(self) -> Audit:
+        for copies, suffix in ((self._duplicates.inside(), ""), (self._duplicates.across(), "_across_files")):
+            for copy in copies:
+                code = ("near_duplicate" if 0 < copy.similarity < 1 else "duplicate") + suffix
+                likeness = {0.0: "has the prompt of", 1.0: "is the same as"}.get(
+                    copy.similarity, f"{copy.similarity:.0%} like"
+                )
+                message = f"{likeness} {_place(self._places[copy.original], self._places[copy.row])}"
+                self._add(self._places[copy.row], Found(code, message, self._beginnings[copy.row]))
+        self.audit.findings.sort(key=lambda finding: (self._order[finding.file], finding.line))
+        return self.audit
+
+
+def _one_line(value: object) -> str:
+    return around(str(value), 0, 60)
+
+
+def _findings(row: Conversation) -> Iterator[Found]:
+    """What is wrong with the row by itself, each code once."""
+    seen = set()
+    for found in _all_findings(row):
+        if found.code not in seen:
+            seen.add(found.code)
+            yield found
+
+
+def _all_findings(row: Conversation) -> Iterator[Found]:
+    texts = [message["content"] for message in row.messages]
+    for message in row.messages:
+        yield from text_findings(message["content"], _SPEAKERS[message["role"]])
+    for answer in row.rejected:
+        yield from text_findings(answer, "rejected answer")
+    if html := html_finding([*texts, *row.rejected]):
+        yield html
+    if row.learned:
+        for position, message in enumerate(row.messages):
+            if message["role"] == "assistant":
+                context = "\n".join(texts[:position])
+                yield from answer_findings(texts[position - 1], message["content"], context)
+        if little := too_little_arabic(texts):
+            yield little
+    if row.rejected and (equal := nearly_equal(row.question, row.answer, row.rejected)):
+        yield equal

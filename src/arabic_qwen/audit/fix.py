@@ -1,0 +1,286 @@
+"""`arabic-qwen data fix`: what is safe to repair, in a new file, with a line for each change."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from arabic_qwen.audit.check import place_of
+from arabic_qwen.audit.findings import CODES
+from arabic_qwen.audit.rows import Conversation, known_method, method_of, read_row
+from arabic_qwen.audit.text_checks import HTML, TEMPLATE_TOKENS, html_finding
+from arabic_qwen.config import SFTConfig
+from arabic_qwen.data.bad_rows import BadRow, RowError
+from arabic_qwen.data.layouts import LAYOUTS, MESSAGE_COLUMNS, are_messages, canonical, role_of
+from arabic_qwen.data.readers import Row
+from arabic_qwen.data.sources import read_rows
+from arabic_qwen.errors import ConfigurationError, DatasetError
+from arabic_qwen.text.encoding import repair_mojibake
+from arabic_qwen.text.normalization import normalize
+from arabic_qwen.text.rules import TRAIN
+from arabic_qwen.text.spans import hide_spans, restore_spans
+
+_TEXT_COLUMNS = {name for layout in LAYOUTS for name in (*layout.columns, *layout.optional)}
+# What some programs take for the end of a line.
+_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+_ROUNDS = 10  # what one repair leaves may need another: &lt;|im_end|&gt;
+
+
+@dataclass
+class Repair:
+    """What :func:`fix` did."""
+
+    rows: int = 0  # that were read
+    written: int = 0
+    changes: Counter[str] = field(default_factory=Counter)  # code → changes
+    dropped: Counter[str] = field(default_factory=Counter)  # code → rows left out
+    files: list[Path] = field(default_factory=list)  # that were written
+
+
+def fix(
+    file: str,
+    out: Path,
+    method: str = "",
+    *,
+    watch: Callable[[Iterable[Row | BadRow]], Iterable[Row | BadRow]] = iter,
+) -> Repair:
+    """Write the rows of `file` to `out`, repaired, in their own columns, as JSON Lines.
+
+    Beside it, `NAME.changes.jsonl` has a line per change (file, line, code, column, before, after) and
+    `NAME.dropped.jsonl` the rows that were left out: exact duplicates, and what stays unusable (file, line, code, reason,
+    row). `watch` wraps the rows as they are read, for a progress bar.
+
+    Raises:
+        ConfigurationError: no such method, or one of the three files exists already or cannot be written.
+        DatasetError: the file cannot be read, or no row of it can be used.
+    """
+    known_method(method)
+    if out.suffix != ".jsonl":
+        raise ConfigurationError(f"{out}: rows are written as JSON Lines; give a name that ends in .jsonl")
+    targets = [out, out.with_suffix(".changes.jsonl"), out.with_suffix(".dropped.jsonl")]
+    for target in targets:
+        if os.path.lexists(target):
+            raise ConfigurationError(f"{target}: exists already, and nothing is overwritten; give another name")
+    if not out.absolute().parent.is_dir():
+        raise ConfigurationError(f"{out}: there is no folder {out.parent}; make it first")
+    repair = Repair()
+    with contextlib.ExitStack() as stack:
+        rows, changes, dropped = (AtomicFile(target, stack) for target in targets)
+        fixer = _Fixer(method)
+        for row in watch(read_rows(SFTConfig(), file)):
+            repair.rows += 1
+            values = row.row if isinstance(row, BadRow) else row.values
+            place = dict(zip(("file", "line"), place_of(row.where), strict=True))
+            try:
+                if isinstance(row, BadRow):
+                    raise RowError(row.reason)
+                fixed, made = fixer.fix(row.values)
+            except RowError as error:
+                repair.dropped[error.code] += 1
+                dropped.write({**place, "code": error.code, "reason": str(error), "row": values})
+                continue
+            repair.written += 1
+            rows.write(fixed)
+            for code, column, before, after in made:
+                repair.changes[code] += 1
+                changes.write({**place, "code": code, "column": column, "before": before, "after": after})
+        if not repair.written:
+            raise DatasetError(f"{file}: no row of it can be used, so nothing was written")
+        repair.files = [target.keep() for target in (dropped, changes, rows) if target.lines]
+    return repair
+
+
+class AtomicFile:
+    """JSON Lines that appear under their name once they are complete, and never in place of another file."""
+
+    def __init__(self, path: Path, stack: contextlib.ExitStack):
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self.lines = 0
+        try:
+            self._file: TextIO = self._temporary.open("x", encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise ConfigurationError(f"{path}: cannot be written ({error.strerror})") from None
+        stack.callback(self._temporary.unlink, missing_ok=True)
+        stack.callback(self._file.close)
+
+    def write(self, value: Any) -> None:
+        # JSON's own escapes for halves of surrogate pairs, which UTF-8 lacks
+        self._file.write(json.dumps(value, ensure_ascii=False, default=str).translate(_LINE_ENDS) + "\n")
+        self.lines += 1
+
+    def keep(self) -> Path:
+        self._file.close()
+        os.link(self._temporary, self._path)  # fails where the name exists by now
+        return self._path
+
+
+Change = tuple[str, str, Any, Any]  # code, column, before, after
+
+
+class _Fixer:
+    """Repairs rows one by one, and remembers those that it has seen."""
+
+    def __init__(self, method: str):
+        self._method = method
+        self._seen: set[int] = set()
+
+    def fix(self, given: dict[str, Any]) -> tuple[dict[str, Any], list[Change]]:
+        """The repaired row and what was changed. Raises RowError where the row is to be left out."""
+        self._method = self._method or method_of(given)
+        values, codes = canonical(given)
+        values = values if codes else given  # a list of one answer is fine
+        changes: list[Change] = [
+            (codes[0], column, given[column], values[column])
+            for column in values
+            if values[column] is not given[column]
+        ]
+        values, made = _repair_texts(values)
+        changes += made
+        try:
+            row = self._read(values)
+        except RowError as error:
+            if error.code != "swapped_roles":
+                raise
+            values, made = _swap_roles(values)
+            changes += made
+            row = self._read(values)
+        if html_finding(_texts(row)):
+            values, made = _repair_texts(values, html=True)
+            changes += made
+            row = self._read(values)
+        key = row.text().key()
+        if key in self._seen:
+            raise RowError("is the same as an earlier row", "duplicate")
+        self._seen.add(key)
+        return values, changes
+
+    def _read(self, values: dict[str, Any]) -> Conversation:
+        return read_row(values, self._method or "sft")
+
+
+def _texts(row: Conversation) -> list[str]:
+    return [*(message["content"] for message in row.messages), *row.rejected]
+
+
+def _swap_roles(values: dict[str, Any]) -> tuple[dict[str, Any], list[Change]]:
+    other = {"user": "assistant", "assistant": "user"}
+    swapped, changes = dict(values), []
+    for column in MESSAGE_COLUMNS:
+        if are_messages(values.get(column)):
+            swapped[column] = [
+                {**message, key: other.get(role_of(message[key])[0] or "", message[key])}
+                for message in values[column]
+                for key in ["from" if "from" in message else "role"]
+            ]
+            changes.append(("swapped_roles", column, values[column], swapped[column]))
+    return swapped, changes
+
+
+def _repair_texts(values: dict[str, Any], html: bool = False) -> tuple[dict[str, Any], list[Change]]:
+    """The row with its texts repaired; `html`: HTML too."""
+    changes: list[Change] = []
+
+    def walk(value: Any, column: str) -> Any:
+        if isinstance(value, str):
+            for code, before, after in _repairs(value, html):
+                changes.append((code, column, before, after))
+                value = after
+            return value
+        if isinstance(value, list):
+            return [walk(item, f"{column}[{position}]") for position, item in enumerate(value)]
+        if isinstance(value, dict):
+            return {
+                key: walk(item, f"{column}.{key}") if key in ("content", "value") else item
+                for key, item in value.items()
+            }
+        return value
+
+    return {name: walk(value, name) if name in _TEXT_COLUMNS else value for name, value in values.items()}, changes
+
+
+def _repairs(text: str, html: bool) -> Iterator[tuple[str, str, str]]:
+    """(code, before, after) of each repair of a text."""
+    for _ in range(_ROUNDS):
+        start = text
+        for code, function in _STEPS:
+            if (code != "html" or html) and (after := function(text)) != text:
+                yield code, text, after
+                text = after
+        if text == start:
+            return
+
+
+def _outside_code(function: Callable[[str], str], text: str) -> str:
+    prose, spans = hide_spans(text)
+    return restore_spans(function(prose), spans)
+
+
+def _remove_tokens(text: str) -> str:
+    shorter = TEMPLATE_TOKENS.sub("", text)
+    return text if shorter == text else shorter.strip()
+
+
+_ENTITIES = {"nbsp": " ", "rlm": "", "lrm": "", "zwnj": "", "zwj": ""}
+_PAIRED = re.compile(r"<(script|style)\b[^<>]*>.*?</\1>", re.DOTALL)
+_LINK = re.compile(r"<a\s[^<>]*?href\s*=\s*[\"']([^\"'<>]*)[\"'][^<>]*>(.*?)</a>", re.DOTALL)
+_MARKDOWN = {"br": "\n", "hr": "\n---\n", "li": "\n- ", "/p": "\n\n", "/div": "\n", "/tr": "\n", "/td": " ", "/th": " "}
+_MARKDOWN |= dict.fromkeys(("b", "/b", "strong", "/strong"), "**") | dict.fromkeys(("i", "/i", "em", "/em"), "*")
+_MARKDOWN |= {f"h{level}": "\n" + "#" * level + " " for level in range(1, 7)} | {
+    f"/h{level}": "\n" for level in range(1, 7)
+}
+_NAME = re.compile(r"/?\w+")
+
+
+def _html_to_markdown(text: str) -> str:
+    from html import unescape
+
+    def convert(match: re.Match[str]) -> str:
+        if match[0].startswith("&"):
+            return _ENTITIES.get(match[0][1:-1].lower(), unescape(match[0]).replace("\xa0", " "))
+        name = _NAME.search(match[0])
+        return _MARKDOWN.get(name[0], "") if name else ""
+
+    if not HTML.search(text):
+        return text
+    text = _LINK.sub(r"[\2](\1)", _PAIRED.sub("", text))
+    return re.sub(r"\n{3,}", "\n\n", HTML.sub(convert, text)).strip()
+
+
+def _only(rule: str) -> Callable[[str], str]:
+    """Profile `train` with this rule alone."""
+    off = {other.name: setting for other in TRAIN for setting in other.settings if other.settings[setting] is None}
+    return partial(normalize, **{name: setting for name, setting in off.items() if name != rule})
+
+
+_CODE_OF_RULE = {"invisible": "bidi_controls"}
+_STEPS: list[tuple[str, Callable[[str], str]]] = [
+    ("mojibake", repair_mojibake),
+    ("template_tokens", partial(_outside_code, _remove_tokens)),
+    ("html", partial(_outside_code, _html_to_markdown)),
+    *(
+        (_CODE_OF_RULE.get(rule.name, rule.name), _only(rule.name))
+        for rule in TRAIN
+        if rule.settings[rule.default] is not None
+    ),
+]
+
+
+def summary(repair: Repair) -> list[str]:
+    """Lines for the terminal."""
+    lines = [f"{number:>9,}  {_title(code)}" for code, number in repair.changes.most_common()]
+    lines += [f"{number:>9,}  left out: {_title(code)}" for code, number in repair.dropped.most_common()]
+    lines.append(f"{repair.written:,} of {repair.rows:,} rows written")
+    return lines + [str(path) for path in reversed(repair.files)]
+
+
+def _title(code: str) -> str:
+    return CODES[code].title if code in CODES else f"normalised: {code}"

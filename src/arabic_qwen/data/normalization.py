@@ -1,0 +1,91 @@
+"""Normalises the texts of rows as a run's configuration says, before their layout is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from arabic_qwen.data.bad_rows import BadRow, RowError
+from arabic_qwen.data.conversations import Message
+from arabic_qwen.data.layouts import canonical
+from arabic_qwen.data.readers import Row
+from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.text.normalization import normalize, normalize_counted
+from arabic_qwen.text.rules import TRAIN, Setting
+
+#: Columns that may hold a question, of which `diacritics` by column tells how questions are read.
+_QUESTIONS = ("instruction", "prompt", "inputs", "messages", "conversations")
+_MESSAGE_TEXTS = ("content", "value")
+
+#: For `normalize: false`: what leaves a text as it is.
+_OFF: dict[str, Setting] = {
+    rule.name: next(setting for setting, function in rule.settings.items() if function is None) for rule in TRAIN
+}
+
+
+class Normalizer:
+    """Applies `normalize` and `diacritics`.
+
+    Args:
+        config: with these settings.
+    """
+
+    def __init__(self, config: Any):
+        self.diacritics: Any = config.diacritics
+        self._rules = {} if config.normalize else _OFF
+        self._columns: dict[str, None] = {}  # met so far, in order
+
+    def rows(self, rows: Iterable[Row | BadRow]) -> Iterator[Row | BadRow]:
+        """The rows with their texts normalised."""
+        return (self._row(row) if isinstance(row, Row) else row for row in rows)
+
+    def _row(self, row: Row) -> Row:
+        self._columns.update(dict.fromkeys(row.values))
+        changes: Counter[str] = Counter()
+        try:
+            given, _ = canonical(row.values)  # in messages that are stored as text, letters may be escaped
+        except RowError:
+            return row  # which reading it will say
+        values = {}
+        for column, value in given.items():
+            values[column] = _map_texts(value, self._function(self._setting(column), changes))
+        return row._replace(values=values, given=row.values, changes=changes) if changes else row
+
+    def prompt(self, messages: list[Message]) -> list[Message]:
+        """A conversation to be answered, with what the user says normalised as questions are in the run's data."""
+        setting = self.diacritics
+        if isinstance(setting, dict):
+            setting = next((setting[column] for column in _QUESTIONS if column in setting), "keep")
+        return [
+            {**message, "content": normalize(message["content"], **{**self._rules, "diacritics": setting})}
+            if message["role"] == "user"
+            else message
+            for message in messages
+        ]
+
+    def check_columns(self) -> None:
+        """Raise ConfigurationError where `diacritics` names columns that none of the rows has."""
+        if isinstance(self.diacritics, dict) and (missing := self.diacritics.keys() - self._columns.keys()):
+            raise ConfigurationError(
+                f"diacritics: no row has {', '.join(sorted(missing))}; "
+                f"the rows' columns are {', '.join(self._columns) or '(none)'}"
+            )
+
+    def _setting(self, column: str) -> Setting:
+        return self.diacritics.get(column, "keep") if isinstance(self.diacritics, dict) else self.diacritics
+
+    def _function(self, diacritics: Setting, changes: Counter[str]) -> Callable[[str], str]:
+        rules = {**self._rules, "diacritics": diacritics}
+        return lambda text: normalize_counted(text, changes, **rules)
+
+
+def _map_texts(value: Any, function: Callable[[str], str]) -> Any:
+    """The value with the function applied to its texts: itself, the items of lists, what messages say."""
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, list):
+        return [_map_texts(item, function) for item in value]
+    if isinstance(value, dict):
+        return value | {key: _map_texts(value[key], function) for key in _MESSAGE_TEXTS if key in value}
+    return value

@@ -1,0 +1,170 @@
+"""Repairs: what is safe to repair is, nothing is lost, and the result passes the check."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arabic_qwen.audit.check import check
+from arabic_qwen.audit.findings import CODES
+from arabic_qwen.audit.fix import fix
+from arabic_qwen.errors import ConfigurationError, DatasetError
+
+from .planted import DEFECTS, FILES, write_planted
+
+FIXED = {code for code, kind in CODES.items() if kind.fixed}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read(path):
+    return [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()
+    ]  # also at U+0085, so that has to be escaped
+
+
+def fixed(tmp_path, *rows):
+    """The rows after repair, and the changes' codes."""
+    repair = fix(write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
+    return read(tmp_path / "out.jsonl"), dict(repair.changes), dict(repair.dropped)
+
+
+@pytest.mark.parametrize(
+    ("code", "before", "after"),
+    [
+        ("mojibake", "العربية لغة جميلة".encode().decode("latin-1"), "العربية لغة جميلة"),
+        ("template_tokens", "<|im_start|>نعم<|im_end|>", "نعم"),
+        ("template_tokens", "### الاستجابة:\nنعم", "نعم"),
+        ("html", "<p>نعم<br/>هو</p>", "نعم\nهو"),
+        ("html", "<b>نعم</b> &amp; <em>لا</em>", "**نعم** & *لا*"),
+        ("html", 'انظر <a href="https://example.com/x">هنا</a>', "انظر [هنا](https://example.com/x)"),
+        ("html", "<ul><li>نعم</li><li>لا</li></ul>", "- نعم\n- لا"),
+        ("presentation_forms", "ﻣﺮﺣﺒﺎ", "مرحبا"),
+        ("tatweel", "مـــرحبا", "مرحبا"),
+        ("bidi_controls", "\u200fمرحبا", "مرحبا"),
+        ("letters", "مکتبة", "مكتبة"),
+    ],
+)
+def test_texts(tmp_path, code, before, after):
+    rows, changes, dropped = fixed(tmp_path, {"instruction": "اشرح", "response": before, "source": before})
+    assert rows == [{"instruction": "اشرح", "response": after, "source": before}]
+    assert (changes, dropped) == ({code: 1}, {})
+    (change,) = read(tmp_path / "out.changes.jsonl")
+    assert change == {
+        "file": str(tmp_path / "in.jsonl"),
+        "line": 1,
+        "code": code,
+        "column": "response",
+        "before": before,
+        "after": after,
+    }
+
+
+def test_messages_keep_their_layout(tmp_path):
+    turns = [{"from": "مستخدم", "value": "مـن؟", "id": 3}, {"from": "مساعد", "value": "أنا", "id": 4}]
+    rows, changes, _ = fixed(tmp_path, {"conversations": json.dumps(turns), "source": "x"})
+    first, second = turns
+    assert rows == [
+        {
+            "conversations": [{**first, "from": "user", "value": "من؟"}, {**second, "from": "assistant"}],
+            "source": "x",
+        }
+    ]
+    assert changes == {"stringified_messages": 1, "tatweel": 1}
+    assert [change["column"] for change in read(tmp_path / "out.changes.jsonl")] == [
+        "conversations",
+        "conversations[0].value",
+    ]
+
+
+def test_swapped_roles(tmp_path):
+    rows, changes, _ = fixed(
+        tmp_path, {"messages": [{"role": "assistant", "content": "من؟"}, {"role": "user", "content": "أنا"}]}
+    )
+    assert rows == [{"messages": [{"role": "user", "content": "من؟"}, {"role": "assistant", "content": "أنا"}]}]
+    assert changes == {"swapped_roles": 1}
+
+
+def test_what_cannot_be_used_is_kept_beside(tmp_path):
+    empty, good = {"instruction": "من؟", "response": " "}, {"instruction": "كم؟", "response": "ثلاثة"}
+    only_tokens = {"instruction": "أين؟", "response": "<|im_end|>"}
+    rows, _, dropped = fixed(tmp_path, good, empty, only_tokens, {**good, "source": "مكرر"})
+    assert rows == [good]
+    assert dropped == {"empty_answer": 2, "duplicate": 1}
+    left_out = read(tmp_path / "out.dropped.jsonl")
+    assert [(row["line"], row["code"], row["row"]) for row in left_out] == [
+        (2, "empty_answer", empty),
+        (3, "empty_answer", only_tokens),
+        (4, "duplicate", {**good, "source": "مكرر"}),
+    ]
+
+
+def test_clean_rows_stay_and_nothing_else_is_written(tmp_path):
+    row = {"instruction": "ما عاصمة الأردن؟", "response": "عمّان هي العاصمة، منذ ١٩٢١ (1446هـ) ﷺ 👨‍👩‍👧", "id": 7}
+    rows, changes, dropped = fixed(tmp_path, row)
+    assert (rows, changes, dropped) == ([row], {}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.changes.jsonl", "out.dropped.jsonl"])
+def test_nothing_is_overwritten(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    file = write(tmp_path / "in.jsonl", [{"instruction": "من؟", "response": "أنا"}])
+    with pytest.raises(ConfigurationError, match=f"{name}: exists already"):
+        fix(file, tmp_path / "out.jsonl")
+    assert (tmp_path / name).read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(("out", "reason"), [("out.csv", "ends in .jsonl"), ("none/out.jsonl", "there is no folder")])
+def test_bad_targets(tmp_path, out, reason):
+    with pytest.raises(ConfigurationError, match=reason):
+        fix("sample:sft", tmp_path / out)
+
+
+def test_nothing_is_written_where_no_row_is_left_or_the_file_breaks_off(tmp_path):
+    file = write(tmp_path / "in.jsonl", [{"instruction": "من؟", "response": ""}])
+    with pytest.raises(DatasetError, match="no row of it can be used"):
+        fix(file, tmp_path / "out.jsonl")
+    (tmp_path / "broken.csv").write_text('instruction,response\nمن؟,أنا\n"من', encoding="utf-8")
+    with pytest.raises(DatasetError, match="not valid CSV"):
+        fix(str(tmp_path / "broken.csv"), tmp_path / "out.jsonl")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.csv", "in.jsonl"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_planted_defects(tmp_path, standard_only, name):
+    write_planted(tmp_path)
+    repair = fix(str(tmp_path / name), tmp_path / "out.jsonl")
+    audit = check([str(tmp_path / "out.jsonl")])
+    assert audit.errors == 0
+    assert not set(audit.counts) & FIXED
+    planted = {defect.code for defect in DEFECTS if defect.file == name}
+    assert set(repair.changes) | set(repair.dropped) >= planted & FIXED
+    assert repair.written + repair.dropped.total() == repair.rows
+
+
+PIECES = st.sampled_from(
+    [
+        "مرحبا", "مـرحبا", "ﻣﺮﺣﺒﺎ", "\u200f", "\u200d", "<|im_end|>", "<|im_<|im_end|>end|>", "&lt;", "&amp;", "lt;", "|im_end|&gt;", "<p>",
+        "</p>", "<b>", "</b>", "<br>", "<", ">", "`", "```", "\n", " ", "العربية".encode().decode("latin-1"), "#", "</s>", "هـ", "ـ",
+        "### Response:", "[INST]", "\u0651", "\u0653", "ا", "html", "https://x.y/ـ", "ترجم",
+    ]
+)  # fmt: skip
+
+
+@settings(max_examples=60)
+@given(rows=st.lists(st.tuples(*[st.lists(PIECES, min_size=1, max_size=8).map("".join)] * 2), min_size=1, max_size=5))
+def test_the_result_passes_the_check(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("fix")
+    good = {"instruction": "ما عاصمة الأردن؟", "response": "عمّان"}
+    file = write(folder / "in.jsonl", [good, *({"instruction": a, "response": b} for a, b in rows)])
+    repair = fix(file, folder / "out.jsonl")
+    audit = check([str(folder / "out.jsonl")])
+    assert audit.errors == 0
+    assert not set(audit.counts) & FIXED
+    assert repair.written + repair.dropped.total() == repair.rows == len(rows) + 1
