@@ -38,7 +38,8 @@ method: sft
 ```
 
 - `arabic-qwen train sft.yaml learning_rate=1e-4` overrides a value.
-- `${NAME}` and `${NAME:-default}` in values come from the environment; `$${` is a plain `${`.
+- `${NAME}` and `${NAME:-default}` in values come from the environment; `$${` is a plain `${`. Secrets
+  (variables such as `HF_TOKEN`) are refused: no setting holds one.
 - `1e-5` is a number, `no` is the word, and a key that is there twice is an error.
 
 This page is made by `scripts/build_configuration_docs.py`.

@@ -16,6 +16,7 @@ import typer
 
 from arabic_qwen.cli_data import data
 from arabic_qwen.errors import ConfigurationError, DatasetError, TrainingError
+from arabic_qwen.redaction import RedactedStream
 from arabic_qwen.terminal import Formatter, displayed, isolated
 
 app = typer.Typer(
@@ -210,7 +211,11 @@ def _set_up_output() -> None:
 
 
 def main() -> None:
-    """Run the command; errors meant for users are one message and an exit code: 2 for configuration and data, else 1."""
+    """Run the command; errors meant for users are one message and an exit code: 2 for configuration and data, else 1.
+
+    Nothing that is printed, by whatever library, holds a secret.
+    """
+    sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
     try:
         app(prog_name="arabic-qwen")
     except TrainingError as error:

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from arabic_qwen.audit.statistics import diacritic_kinds
 from arabic_qwen.errors import ModelLoadError
-from arabic_qwen.models.sources import locate_on_hub, one_line, resolve_model_name
+from arabic_qwen.models.safety import check_files, one_line
+from arabic_qwen.models.sources import locate_on_hub, resolve_model_name
 from arabic_qwen.text.dialects import DialectClassifier, load_classifier
 from arabic_qwen.text.normalization import normalize
 from arabic_qwen.text.rules import TRAIN, Setting
@@ -109,8 +110,11 @@ def load_any_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if not Path(path).is_dir():
         path = locate_on_hub(name)
     try:
+        check_files(name, path, ["tokenizer_config.json"])
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         reason = "its files are missing"
+    except ModelLoadError:
+        raise
     except Exception as error:
         tokenizer, reason = None, one_line(error)
     if not tokenizer or len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of no files

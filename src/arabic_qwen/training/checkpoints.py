@@ -20,6 +20,7 @@ from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.files import remove_folder, remove_unfinished, write_atomically
 from arabic_qwen.models.sources import RUN_CONFIG
+from arabic_qwen.redaction import redact
 from arabic_qwen.training.lock import check_free, locked
 from arabic_qwen.training.report import LOSS_CURVE, METRICS_FILE
 from arabic_qwen.training.resumable import PROGRESS
@@ -254,7 +255,8 @@ def _differences(folder: Path, config: BaseConfig) -> list[str]:
         return []
     old = load_config(folder / RUN_CONFIG)
     before, after = ({"method": settings.method, **settings.model_dump()} for settings in (old, config))
-    names = [name for name in after if before.get(name) != after[name] and name not in _HARMLESS]
+    changed = (name for name in after if redact(repr(before.get(name))) != redact(repr(after[name])))
+    names = [name for name in changed if name not in _HARMLESS]
     return [f"{name}: {before.get(name)!r} → {after[name]!r}" for name in names]
 
 
@@ -278,7 +280,8 @@ def is_finished(folder: Path) -> bool:
 
 
 def finish_run(folder: Path, summary: dict[str, Any]) -> None:
-    write_atomically(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    text = redact(json.dumps(summary, indent=2, ensure_ascii=False))
+    write_atomically(folder / SUMMARY, text + "\n")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 
 from arabic_qwen.data.conversations import Message
 from arabic_qwen.data.normalization import Normalizer
+from arabic_qwen.data.templates import render_prompt
 from arabic_qwen.models.reference import reference_policy
 
 
@@ -55,10 +56,7 @@ class GenerationMixin:
             self.setup_model_and_tokenizer()
         self.model.eval()
         normalizer = Normalizer(self.config)
-        prompts = [
-            self.tokenizer.apply_chat_template(normalizer.prompt(messages), tokenize=False, add_generation_prompt=True)
-            for messages in conversations
-        ]
+        prompts = [render_prompt(self.tokenizer, normalizer.prompt(messages)) for messages in conversations]
         answers = [""] * len(prompts)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         size = self.config.per_device_eval_batch_size

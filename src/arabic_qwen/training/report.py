@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 import arabic_qwen
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.config.data import describe
+from arabic_qwen.redaction import redact
 
 METRICS_FILE = "metrics.jsonl"
 LOSS_CURVE = "loss_curve.png"
@@ -126,7 +127,7 @@ def model_card(
     lines += ['print(trainer.predict("ما عاصمة الأردن؟", max_length=64))', "```", "", "## Versions", ""]
     versions = {"arabic-qwen": arabic_qwen, "transformers": transformers, "torch": torch}
     lines += [f"- {name} {module.__version__}" for name, module in versions.items()]
-    return "\n".join(lines) + "\n"
+    return redact("\n".join(lines)) + "\n"
 
 
 def _samples(samples: list[dict[str, Any]]) -> list[str]:

@@ -14,6 +14,7 @@ from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.data.packing import Group
 from arabic_qwen.data.sources import data_seed
 from arabic_qwen.data.templates import last_question
+from arabic_qwen.redaction import redact
 from arabic_qwen.text.dialects import UNKNOWN, load_classifier
 from arabic_qwen.text.scripts import leaked_scripts, script_shares
 
@@ -74,7 +75,7 @@ class Samples:
             for question, answer, reference, dialect in rows
         ]
         with self._file.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in self.latest))
+            file.write(redact("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in self.latest)))
         leaks = [leaked_scripts(*pair) for pair in zip(self._questions, answers, strict=True)]
         pairs = [pair for pair in zip(ours, theirs, strict=True) if UNKNOWN not in pair]
         return _share("script_leak", [bool(scripts) for scripts in leaks if scripts is not None]) | _share(
