@@ -121,7 +121,7 @@ def test_what_is_written_can_be_read_and_is_the_same_run(canaries, tmp_path, sec
 
 def test_model_card(canaries):
     config = DPOConfig(model_name=CANARIES["HF_TOKEN"], dataset_path=BY_FORM["URL"])
-    card = model_card(config, {}, {"train": CANARIES["WANDB_API_KEY"]}, adapter=True)
+    card = model_card(config, {}, {"train": CANARIES["WANDB_API_KEY"]}, [], adapter=True)
     assert "***" in card and "canary" not in card and "passw0rd" not in card
 
 
