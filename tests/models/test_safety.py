@@ -155,9 +155,11 @@ ADAPTERS = [
     ({"auto_mapping": {"base_model_class": "A", "parent_library": "antigravity"}}, "auto_mapping names the module"),
     ({"auto_mapping": "antigravity"}, "auto_mapping names the module"),
     ({"auto_map": {"a": "b.C"}}, "auto_map asks for code"),
-    ({"target_modules": r"((\w+)*)*x"}, "target_modules is a regular expression that may run for ever"),
-    ({"modules_to_save": ["(a+)+"]}, "modules_to_save is a regular expression"),
-    ({"rank_pattern": {"(a+)+": 4}}, "rank_pattern has a regular expression"),
+    ({"target_modules": r"((\w+)*)*x"}, "target_modules is no name and no simple regular"),
+    ({"modules_to_save": ["(a+)+"]}, "modules_to_save is no name"),
+    ({"rank_pattern": {"(a+)+": 4}}, "rank_pattern has no name"),
+    ({"target_modules": 5}, "target_modules is no name"),
+    ({"alpha_pattern": 5}, "alpha_pattern has no name"),
 ]
 
 

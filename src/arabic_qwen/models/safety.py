@@ -48,13 +48,12 @@ def check_files(name: str, path: str, files: Iterable[str] = FILES) -> None:
         if found is None:
             continue
         for key, reason in _PROBLEMS[file](read_json(Path(found))):
-            raise ModelLoadError(f"{name}: {file}: {key} {reason}, which is refused; {_remedy(key)}")
+            raise ModelLoadError(
+                f"{name}: {file}: {key} {reason}, which is refused; choose another model, or remove {key} where the model "
+                "works without it"
+            )
     if (Path(path) / "custom_generate").exists():
         raise ModelLoadError(f"{name}: the folder custom_generate brings code, which is refused; remove it")
-
-
-def _remedy(key: str) -> str:
-    return f"choose another model, or remove {key.partition('.')[0]} where the model works without it"
 
 
 def _code(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -92,15 +91,16 @@ def _adapter(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "auto_mapping", f"names the module {library!r}"
     for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
         patterns = values.get(key) or []
-        if any(_runs_long(pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)):
-            yield key, "is a regular expression that may run for ever"
+        if any(map(_runs_long, patterns if isinstance(patterns, list) else [patterns])):
+            yield key, "is no name and no simple regular expression"
     for key in ("rank_pattern", "alpha_pattern"):
-        if any(map(_runs_long, values.get(key) or {})):
-            yield key, "has a regular expression that may run for ever"
+        patterns = values.get(key) or {}
+        if not isinstance(patterns, dict) or any(map(_runs_long, patterns)):
+            yield key, "has no name and no simple regular expression"
 
 
 def _runs_long(pattern: Any) -> bool:
-    """With one repetition, matching takes at most the square of a name's length."""
+    """Whether matching may take for ever; with one repetition it takes at most the square of a name's length."""
     return not isinstance(pattern, str) or len(re.findall(r"[*+{]", pattern)) > 1
 
 
