@@ -52,6 +52,9 @@ class DataLoader:
     Args:
         config: paths, split, template and length settings.
         tokenizer: with the chat template to train on.
+
+    Attributes:
+        inherited_columns: whether `diacritics` is an earlier run's, whose rows may have had other columns.
     """
 
     def __init__(self, config: Any, tokenizer: PreTrainedTokenizerBase):
@@ -60,6 +63,7 @@ class DataLoader:
         self._length_key = "max_length" if getattr(config, "max_length", None) else "max_seq_length"
         self.max_tokens: int = getattr(config, self._length_key)
         self.bad_rows = BadRows()  # those that load() left out
+        self.inherited_columns = False
         self._normalizer = Normalizer(config)
         self._reported = False
 
@@ -92,7 +96,7 @@ class DataLoader:
         self.bad_rows = BadRows(config.max_bad_rows, Path(config.resolved_output_dir, BAD_ROWS_FILE))
         train = [] if config.streaming else self._read(config.dataset_path)
         validation = self._read(config.eval_dataset_path) if config.eval_dataset_path else []
-        if not config.streaming:
+        if not config.streaming and not self.inherited_columns:
             self._normalizer.check_columns()
         self.bad_rows.check()
         if not config.eval_dataset_path and not config.streaming:
@@ -123,7 +127,8 @@ class DataLoader:
 
     def _encode_window(self, rows: list[Row | BadRow]) -> GroupDataset:
         examples = list(self._examples(self._normalizer.rows(rows), self.bad_rows))
-        self._normalizer.check_columns()
+        if not self.inherited_columns:
+            self._normalizer.check_columns()
         self.bad_rows.check()
         dataset = self._train_set(examples)
         if not self._reported and len(dataset):

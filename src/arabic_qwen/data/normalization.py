@@ -14,8 +14,9 @@ from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.text.normalization import normalize, normalize_counted
 from arabic_qwen.text.rules import TRAIN, Setting
 
-#: Columns that may hold a question, of which `diacritics` by column tells how questions are read.
-_QUESTIONS = ("instruction", "prompt", "inputs", "messages", "conversations")
+# Columns of questions: where `diacritics` by column names one of them, it says how all questions are read.
+_QUESTION_TEXTS = ("instruction", "prompt", "inputs")
+_QUESTIONS = (*_QUESTION_TEXTS, "messages", "conversations")
 _MESSAGE_TEXTS = ("content", "value")
 
 #: For `normalize: false`: what leaves a text as it is.
@@ -34,6 +35,8 @@ class Normalizer:
     def __init__(self, config: Any):
         self.diacritics: Any = config.diacritics
         self._rules = {} if config.normalize else _OFF
+        by_column = config.diacritics if isinstance(config.diacritics, dict) else {}
+        self._question = next((by_column[column] for column in _QUESTIONS if column in by_column), "keep")
         self._columns: dict[str, None] = {}  # met so far, in order
 
     def rows(self, rows: Iterable[Row | BadRow]) -> Iterator[Row | BadRow]:
@@ -54,9 +57,7 @@ class Normalizer:
 
     def prompt(self, messages: list[Message]) -> list[Message]:
         """A conversation to be answered, with what the user says normalised as questions are in the run's data."""
-        setting = self.diacritics
-        if isinstance(setting, dict):
-            setting = next((setting[column] for column in _QUESTIONS if column in setting), "keep")
+        setting = self._question if isinstance(self.diacritics, dict) else self.diacritics
         return [
             {**message, "content": normalize(message["content"], **{**self._rules, "diacritics": setting})}
             if message["role"] == "user"
@@ -73,7 +74,9 @@ class Normalizer:
             )
 
     def _setting(self, column: str) -> Setting:
-        return self.diacritics.get(column, "keep") if isinstance(self.diacritics, dict) else self.diacritics
+        if not isinstance(self.diacritics, dict):
+            return self.diacritics
+        return self.diacritics.get(column, self._question if column in _QUESTION_TEXTS else "keep")
 
     def _function(self, diacritics: Setting, changes: Counter[str]) -> Callable[[str], str]:
         rules = {**self._rules, "diacritics": diacritics}
