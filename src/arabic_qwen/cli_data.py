@@ -141,7 +141,7 @@ def tokens(
         print(f"tokenizer: {EMBEDDED_MODEL}, which comes along; name yours with --tokenizer", file=sys.stderr)
     tokenizers = {name: load_any_tokenizer(name) for name in tokenizer or [EMBEDDED_MODEL]}
     rows = sample_rows(_progress(read_texts(files, method), "Reading", expected_rows(files)), sample)
-    with Console(stderr=True).status(f"Tokenising {len(rows.chosen):,} rows"):
+    with Console(stderr=True, markup=False).status(f"Tokenising {len(rows.chosen):,} rows"):
         costs = token_cost([text for row in rows.chosen for text in (row.prompt, *row.answers)], tokenizers)
     if as_json:
         counts = {"rows": rows.rows, "bad_rows": rows.bad_rows, "sampled_rows": len(rows.chosen)}
@@ -220,6 +220,7 @@ def _progress(items: Iterable[T], what: str, total: float | None) -> Iterator[T]
 def _print(tables: Iterable[object], soft_wrap: bool = False) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=soft_wrap)
+    # markup: names of files and tokenizers may have brackets
+    console = Console(highlight=False, markup=False, soft_wrap=soft_wrap)
     for table in tables:
         console.print(table)
