@@ -8,7 +8,7 @@ from typing import Any
 
 from arabic_qwen.data.bad_rows import BadRow, RowError
 from arabic_qwen.data.conversations import Message
-from arabic_qwen.data.layouts import canonical
+from arabic_qwen.data.layouts import COLUMNS, canonical
 from arabic_qwen.data.readers import Row
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.text.normalization import normalize, normalize_counted
@@ -40,19 +40,19 @@ class Normalizer:
         self._columns: dict[str, None] = {}  # met so far, in order
 
     def rows(self, rows: Iterable[Row | BadRow]) -> Iterator[Row | BadRow]:
-        """The rows with their texts normalised."""
+        """The rows with their texts normalised: those of columns that training reads."""
         return (self._row(row) if isinstance(row, Row) else row for row in rows)
 
     def _row(self, row: Row) -> Row:
-        self._columns.update(dict.fromkeys(row.values))
+        self._columns.update(dict.fromkeys(column for column in row.values if column in COLUMNS))
         changes: Counter[str] = Counter()
         try:
             given, _ = canonical(row.values)  # in messages that are stored as text, letters may be escaped
         except RowError:
             return row  # which reading it will say
-        values = {}
-        for column, value in given.items():
-            values[column] = _map_texts(value, self._function(self._setting(column), changes))
+        values = dict(given)
+        for column in filter(COLUMNS.__contains__, given):
+            values[column] = _map_texts(given[column], self._function(self._setting(column), changes))
         return row._replace(values=values, given=row.values, changes=changes) if changes else row
 
     def prompt(self, messages: list[Message]) -> list[Message]:
@@ -66,11 +66,11 @@ class Normalizer:
         ]
 
     def check_columns(self) -> None:
-        """Raise ConfigurationError where `diacritics` names columns that none of the rows has."""
+        """Raise ConfigurationError where `diacritics` names columns that none of the rows has, or that no layout does."""
         if isinstance(self.diacritics, dict) and (missing := self.diacritics.keys() - self._columns.keys()):
             raise ConfigurationError(
                 f"diacritics: no row has {', '.join(sorted(missing))}; "
-                f"the rows' columns are {', '.join(self._columns) or '(none)'}"
+                f"the columns that training reads of them are {', '.join(self._columns) or '(none)'}"
             )
 
     def _setting(self, column: str) -> Setting:
