@@ -260,13 +260,23 @@ ROWS_WITH_SYSTEM = [{"instruction": "س", "response": "ج"}, {"instruction": "س
 
 
 class TestUnknownColumns:
-    @pytest.mark.parametrize("streaming", [False, True])
-    def test_columns_that_no_row_has(self, loader, streaming):
-        settings = {"streaming": True, "max_steps": 1} if streaming else {}
-        some = loader("sft", ROWS_WITH_SYSTEM, diacritics={"instruction": "strip", "output": "keep"}, **settings)
-        with pytest.raises(ConfigurationError, match="no row has output; .* are instruction, response, system"):
-            train = some.load()["train"]
-            next(train.windows({}))
+    def test_columns_that_no_row_has(self, loader):
+        some = loader("sft", ROWS_WITH_SYSTEM, diacritics={"instruction": "strip", "output": "keep"})
+        with pytest.raises(ConfigurationError, match=r"no row has output; .* are instruction, response, system"):
+            some.load()
+
+    def test_a_later_row_of_a_stream_may_have_them(self, loader, monkeypatch, caplog):
+        monkeypatch.setattr("arabic_qwen.data.stream.WINDOW", 1)
+        rows = [{"instruction": "س", "response": A}, {"instruction": "س", "output": A}] * 2
+        settings = {"streaming": True, "max_steps": 1, "validation_split": 0}
+        some = loader("sft", rows, diacritics={"output": "strip", "src": "keep"}, **settings)
+        windows = some.load()["train"].windows({})
+        read = [texts(some, next(windows)[1])[0] for _ in rows]
+        assert ["عمر" in text for text in read] == [False, True] * 2
+        assert [message for message in caplog.messages if "no row has" in message] == [
+            "diacritics: no row has output, src; the columns that training reads of them are instruction, response "
+            "(so far; later rows may have others)"
+        ]
 
     def test_a_column_that_some_row_has(self, loader):
         assert len(loader("sft", ROWS_WITH_SYSTEM, diacritics={"system": "strip"}).load()["train"]) == 2

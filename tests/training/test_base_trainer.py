@@ -472,8 +472,7 @@ class TestStages:
             later.get_data_loader()
             assert (later.config.normalize, later.config.diacritics) == expected
 
-    @pytest.mark.parametrize("streaming", [False, True])
-    def test_diacritics_by_column_of_an_earlier_stage(self, config, tmp_path, streaming):
+    def test_diacritics_by_column_of_an_earlier_stage(self, config, tmp_path):
         """Its questions were read as `instruction`; so are the prompts of this stage, and its answers keep theirs."""
         config.diacritics = {"instruction": "strip", "response": "keep"}
         create_sft_trainer(config).train()
@@ -481,7 +480,7 @@ class TestStages:
         data = tmp_path / "pairs.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         values = dict(model_name=config.output_dir, dataset_path=str(data), torch_dtype="float32", eval_samples=0)
-        values |= dict(max_steps=1, streaming=streaming, output_dir=str(tmp_path / "second"))
+        values |= dict(max_steps=1, output_dir=str(tmp_path / "second"))
         second = BaseTrainer(DPOConfig(**values))
         second.train()
         given = second.config.diacritics

@@ -10,7 +10,6 @@ from arabic_qwen.data.bad_rows import BadRow, RowError
 from arabic_qwen.data.conversations import Message
 from arabic_qwen.data.layouts import COLUMNS, canonical
 from arabic_qwen.data.readers import Row
-from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.text.normalization import normalize, normalize_counted
 from arabic_qwen.text.rules import TRAIN, Setting
 
@@ -65,13 +64,15 @@ class Normalizer:
             for message in messages
         ]
 
-    def check_columns(self) -> None:
-        """Raise ConfigurationError where `diacritics` names columns that none of the rows has, or that no layout does."""
-        if isinstance(self.diacritics, dict) and (missing := self.diacritics.keys() - self._columns.keys()):
-            raise ConfigurationError(
-                f"diacritics: no row has {', '.join(sorted(missing))}; "
-                f"the columns that training reads of them are {', '.join(self._columns) or '(none)'}"
-            )
+    def missing_columns(self) -> str:
+        """What to say where `diacritics` names columns that no row so far has, or that training does not read."""
+        missing = self.diacritics.keys() - self._columns.keys() if isinstance(self.diacritics, dict) else ()
+        if not missing:
+            return ""
+        return (
+            f"diacritics: no row has {', '.join(sorted(missing))}; "
+            f"the columns that training reads of them are {', '.join(self._columns) or '(none)'}"
+        )
 
     def _setting(self, column: str) -> Setting:
         if not isinstance(self.diacritics, dict):

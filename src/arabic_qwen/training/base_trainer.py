@@ -275,7 +275,7 @@ class BaseTrainer(GenerationMixin):
         loader = method.data_loader if method else SFTDataLoader
         self.data_loader = loader(self._validated(), self.tokenizer)
         earlier = self._inherit_prompt_format(self._source, keep=set(PROMPT_FORMAT))
-        self.data_loader.inherited_columns = earlier is not None and earlier.diacritics == self.config.diacritics
+        self.data_loader.check_columns = earlier is None or earlier.diacritics != self.config.diacritics
         return self.data_loader
 
     def load_and_validate_dataset(self) -> dict[str, Any]:
