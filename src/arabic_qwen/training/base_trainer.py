@@ -11,12 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import MLflowCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -114,10 +109,9 @@ class BaseTrainer(GenerationMixin):
         if not sources.is_run_output(model_path):
             return None
         saved = load_config(Path(model_path, sources.RUN_CONFIG))
-        template = saved.instruction_template
-        if template.endswith(TEMPLATE_SUFFIXES):
-            template = "tokenizer"  # which was saved with it; the file may be gone
-        prompt_format = saved.model_copy(update={"instruction_template": template})
+        own = saved.instruction_template.endswith(TEMPLATE_SUFFIXES)
+        # The tokenizer was saved with it; the file may be gone.
+        prompt_format = saved.model_copy(update={"instruction_template": "tokenizer"}) if own else saved
         for name in set(PROMPT_FORMAT) - keep:
             setattr(self.config, name, getattr(prompt_format, name))
         return saved
@@ -164,6 +158,12 @@ class BaseTrainer(GenerationMixin):
             raise SystemExit(128 + stop.received) if stop.received == signal.SIGTERM else KeyboardInterrupt
 
         self.trainer.remove_callback(MLflowCallback)  # its run has ended; the evaluation would start another
+        if (
+            isinstance(self.trainer, PackedTrainer)
+            and self.trainer.samples
+            and self.trainer.args.load_best_model_at_end
+        ):
+            self.trainer.samples.best_step = self.trainer.state.best_global_step
         if "validation" in self.dataset:
             self.evaluate()
         if isinstance(self.trainer, PackedTrainer) and self.trainer.samples:
