@@ -25,7 +25,7 @@ from arabic_qwen.data.sources import read_rows
 from arabic_qwen.errors import ConfigurationError, DatasetError
 from arabic_qwen.text.encoding import repair_mojibake
 from arabic_qwen.text.normalization import normalize
-from arabic_qwen.text.rules import TRAIN
+from arabic_qwen.text.rules import OFF, TRAIN
 from arabic_qwen.text.spans import hide_spans, restore_spans
 
 # What some programs take for the end of a line.
@@ -254,19 +254,13 @@ def _html_to_markdown(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", HTML.sub(convert, text)).strip()
 
 
-def _only(rule: str) -> Callable[[str], str]:
-    """Profile `train` with this rule alone."""
-    off = {other.name: setting for other in TRAIN for setting in other.settings if other.settings[setting] is None}
-    return partial(normalize, **{name: setting for name, setting in off.items() if name != rule})
-
-
 _CODE_OF_RULE = {"invisible": "bidi_controls"}
 _STEPS: list[tuple[str, Callable[[str], str]]] = [
     ("mojibake", repair_mojibake),
     ("template_tokens", partial(_outside_code, _remove_tokens)),
     ("html", partial(_outside_code, _html_to_markdown)),
     *(
-        (_CODE_OF_RULE.get(rule.name, rule.name), _only(rule.name))
+        (_CODE_OF_RULE.get(rule.name, rule.name), partial(normalize, **{**OFF, rule.name: rule.default}))
         for rule in TRAIN
         if rule.settings[rule.default] is not None
     ),

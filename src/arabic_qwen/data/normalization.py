@@ -11,17 +11,12 @@ from arabic_qwen.data.conversations import Message
 from arabic_qwen.data.layouts import COLUMNS, canonical
 from arabic_qwen.data.readers import Row
 from arabic_qwen.text.normalization import normalize, normalize_counted
-from arabic_qwen.text.rules import TRAIN, Setting
+from arabic_qwen.text.rules import OFF, Setting
 
 # Columns of questions: where `diacritics` by column names one of them, it says how all questions are read.
 _QUESTION_TEXTS = ("instruction", "prompt", "inputs")
 _QUESTIONS = (*_QUESTION_TEXTS, "messages", "conversations")
 _MESSAGE_TEXTS = ("content", "value")
-
-#: For `normalize: false`: what leaves a text as it is.
-_OFF: dict[str, Setting] = {
-    rule.name: next(setting for setting, function in rule.settings.items() if function is None) for rule in TRAIN
-}
 
 
 class Normalizer:
@@ -33,7 +28,7 @@ class Normalizer:
 
     def __init__(self, config: Any):
         self.diacritics: Any = config.diacritics
-        self._rules = {} if config.normalize else _OFF
+        self._rules = {} if config.normalize else OFF
         by_column = config.diacritics if isinstance(config.diacritics, dict) else {}
         self._question = next((by_column[column] for column in _QUESTIONS if column in by_column), "keep")
         self._columns: dict[str, None] = {}  # met so far, in order
