@@ -70,7 +70,7 @@ def check(
     if as_json:
         print(json.dumps([finding._asdict() for finding in audit.findings], ensure_ascii=False, indent=2))
     else:
-        from arabic_qwen.audit.findings_table import findings_table, verdict
+        from arabic_qwen.audit.tables import findings_table, verdict
 
         if audit.counts:
             _print(findings_table(audit, max_examples), soft_wrap=True)
@@ -160,8 +160,8 @@ def dialects(
 ) -> None:
     """Say which dialects questions and answers are in, and where an answer is in another one than its question."""
     from arabic_qwen.audit.dialects import dialect_report
-    from arabic_qwen.audit.dialects_table import dialects_tables
     from arabic_qwen.audit.reading import expected_rows, read_texts
+    from arabic_qwen.audit.tables import dialects_tables
     from arabic_qwen.text.dialects import load_classifier
 
     rows = _progress(read_texts(files, method), "Reading", expected_rows(files))
@@ -183,7 +183,7 @@ def fit_dialects(
 ) -> None:
     """Train a dialect classifier on texts of your own; sources, if a column `source` names them, are held out whole."""
     from arabic_qwen.audit.dialects import fit_file
-    from arabic_qwen.audit.dialects_table import scores_table
+    from arabic_qwen.audit.tables import scores_table
 
     scores, held_out = fit_file(file, out, text, label, watch=partial(_progress, what="Reading", total=None))
     _print([f"on held-out {held_out}, in five folds", scores_table(scores), f"trained on all of them: {out}"])
@@ -199,9 +199,9 @@ def split(
     model: Classifier = "",
 ) -> None:
     """Split data in two with the same share of each dialect; rows with the same question stay together."""
-    from arabic_qwen.audit.dialects_table import split_tables
     from arabic_qwen.audit.reading import expected_rows
     from arabic_qwen.audit.split import split as divide
+    from arabic_qwen.audit.tables import split_tables
     from arabic_qwen.text.dialects import load_classifier
 
     watch = partial(_progress, what="Reading", total=expected_rows([file]))
