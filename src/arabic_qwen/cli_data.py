@@ -54,7 +54,7 @@ def check(
     """Find what is wrong with data; several files are splits of one set. Exit 1 where a row cannot be trained on."""
     from arabic_qwen.audit import report
     from arabic_qwen.audit.check import check as examine
-    from arabic_qwen.audit.reading import expected_rows
+    from arabic_qwen.audit.rows import expected_rows
 
     if html:
         report.check_target(html)
@@ -88,7 +88,7 @@ def fix(
     """Repair what is safe to repair, in a new file; rows that stay unusable and exact duplicates are left out."""
     from arabic_qwen.audit.fix import fix as repair
     from arabic_qwen.audit.fix import summary
-    from arabic_qwen.audit.reading import expected_rows
+    from arabic_qwen.audit.rows import expected_rows
 
     repaired = repair(file, out, method, watch=lambda rows: _progress(rows, "Repairing", expected_rows([file])))
     print("\n".join(summary(repaired)))
@@ -103,7 +103,7 @@ def stats(
 ) -> None:
     """Say what data consists of: lengths, scripts, dialects, diacritics, duplicates."""
     from arabic_qwen.audit import report
-    from arabic_qwen.audit.reading import expected_rows, measure, read_texts
+    from arabic_qwen.audit.rows import expected_rows, measure, read_texts
     from arabic_qwen.audit.tables import statistics_tables
 
     if html:
@@ -132,7 +132,7 @@ def tokens(
     """Say what the texts cost in tokens, by dialect and diacritics, and what normalising would save."""
     from rich.console import Console
 
-    from arabic_qwen.audit.reading import expected_rows, read_texts, sample_rows
+    from arabic_qwen.audit.rows import expected_rows, read_texts, sample_rows
     from arabic_qwen.audit.tables import tokens_tables
     from arabic_qwen.audit.tokens import load_any_tokenizer, token_cost
     from arabic_qwen.models.sources import EMBEDDED_MODEL
@@ -160,7 +160,7 @@ def dialects(
 ) -> None:
     """Say which dialects questions and answers are in, and where an answer is in another one than its question."""
     from arabic_qwen.audit.dialects import dialect_report
-    from arabic_qwen.audit.reading import expected_rows, read_texts
+    from arabic_qwen.audit.rows import expected_rows, read_texts
     from arabic_qwen.audit.tables import dialects_tables
     from arabic_qwen.text.dialects import load_classifier
 
@@ -199,7 +199,7 @@ def split(
     model: Classifier = "",
 ) -> None:
     """Split data in two with the same share of each dialect; rows with the same question stay together."""
-    from arabic_qwen.audit.reading import expected_rows
+    from arabic_qwen.audit.rows import expected_rows
     from arabic_qwen.audit.split import split as divide
     from arabic_qwen.audit.tables import split_tables
     from arabic_qwen.text.dialects import load_classifier

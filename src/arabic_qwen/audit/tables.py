@@ -22,7 +22,7 @@ from arabic_qwen.text.dialects import DIALECTS, UNKNOWN, Score
 if TYPE_CHECKING:  # some take long to import, and each verb needs one of them
     from arabic_qwen.audit.check import Audit
     from arabic_qwen.audit.dialects import DialectReport
-    from arabic_qwen.audit.reading import Sample
+    from arabic_qwen.audit.rows import Sample
     from arabic_qwen.audit.split import Split
     from arabic_qwen.audit.tokens import Count, TokenCost
 
