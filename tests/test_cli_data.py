@@ -86,6 +86,23 @@ def test_tokens(run, model_dir):
         assert set(cost["savings"]["train"]) == {"texts", "tokens", "share"}
 
 
+def test_names_with_brackets(run, tmp_path, model_dir):
+    """They are no markup of the terminal's."""
+    folder = tmp_path / "x[" / "parts]"
+    folder.parent.mkdir()
+    code, text = run("split", "sample:sft", str(folder))
+    assert code == 0 and "x[/parts]" in "".join(text.split())
+    texts = {"EGY": "إزيك عامل إيه النهارده يا باشا", "MSA": "ما هي عاصمة المملكة الأردنية الهاشمية"}
+    rows = [{"text": f"{text} {n}", "dialect": name} for name, text in texts.items() for n in range(10)]
+    file = write(tmp_path / "labelled.jsonl", *rows)
+    code, text = run("fit-dialects", file, str(folder / "own[b].safetensors"))
+    assert code == 0 and "own[b].safetensors" in "".join(text.split())
+    link = folder / "[red]"
+    link.symlink_to(model_dir)
+    code, text = run("tokens", "sample:sft", "--sample", "10", "--tokenizer", str(link))
+    assert code == 0 and "[red]" in "".join(text.split())
+
+
 def test_tokens_of_no_tokenizer(run, tmp_path):
     assert run("tokens", "sample:sft", "--tokenizer", str(tmp_path / "none"))[0] == 1
 

@@ -54,7 +54,7 @@ def check(
     """Find what is wrong with data; several files are splits of one set. Exit 1 where a row cannot be trained on."""
     from arabic_qwen.audit import report
     from arabic_qwen.audit.check import check as examine
-    from arabic_qwen.audit.reading import expected_rows
+    from arabic_qwen.audit.rows import expected_rows
 
     if html:
         report.check_target(html)
@@ -70,7 +70,7 @@ def check(
     if as_json:
         print(json.dumps([finding._asdict() for finding in audit.findings], ensure_ascii=False, indent=2))
     else:
-        from arabic_qwen.audit.findings_table import findings_table, verdict
+        from arabic_qwen.audit.tables import findings_table, verdict
 
         if audit.counts:
             _print(findings_table(audit, max_examples), soft_wrap=True)
@@ -88,7 +88,7 @@ def fix(
     """Repair what is safe to repair, in a new file; rows that stay unusable and exact duplicates are left out."""
     from arabic_qwen.audit.fix import fix as repair
     from arabic_qwen.audit.fix import summary
-    from arabic_qwen.audit.reading import expected_rows
+    from arabic_qwen.audit.rows import expected_rows
 
     repaired = repair(file, out, method, watch=lambda rows: _progress(rows, "Repairing", expected_rows([file])))
     print("\n".join(summary(repaired)))
@@ -103,7 +103,7 @@ def stats(
 ) -> None:
     """Say what data consists of: lengths, scripts, dialects, diacritics, duplicates."""
     from arabic_qwen.audit import report
-    from arabic_qwen.audit.reading import expected_rows, measure, read_texts
+    from arabic_qwen.audit.rows import expected_rows, measure, read_texts
     from arabic_qwen.audit.tables import statistics_tables
 
     if html:
@@ -132,7 +132,7 @@ def tokens(
     """Say what the texts cost in tokens, by dialect and diacritics, and what normalising would save."""
     from rich.console import Console
 
-    from arabic_qwen.audit.reading import expected_rows, read_texts, sample_rows
+    from arabic_qwen.audit.rows import expected_rows, read_texts, sample_rows
     from arabic_qwen.audit.tables import tokens_tables
     from arabic_qwen.audit.tokens import load_any_tokenizer, token_cost
     from arabic_qwen.models.sources import EMBEDDED_MODEL
@@ -141,7 +141,7 @@ def tokens(
         print(f"tokenizer: {EMBEDDED_MODEL}, which comes along; name yours with --tokenizer", file=sys.stderr)
     tokenizers = {name: load_any_tokenizer(name) for name in tokenizer or [EMBEDDED_MODEL]}
     rows = sample_rows(_progress(read_texts(files, method), "Reading", expected_rows(files)), sample)
-    with Console(stderr=True).status(f"Tokenising {len(rows.chosen):,} rows"):
+    with Console(stderr=True, markup=False).status(f"Tokenising {len(rows.chosen):,} rows"):
         costs = token_cost([text for row in rows.chosen for text in (row.prompt, *row.answers)], tokenizers)
     if as_json:
         counts = {"rows": rows.rows, "bad_rows": rows.bad_rows, "sampled_rows": len(rows.chosen)}
@@ -160,8 +160,8 @@ def dialects(
 ) -> None:
     """Say which dialects questions and answers are in, and where an answer is in another one than its question."""
     from arabic_qwen.audit.dialects import dialect_report
-    from arabic_qwen.audit.dialects_table import dialects_tables
-    from arabic_qwen.audit.reading import expected_rows, read_texts
+    from arabic_qwen.audit.rows import expected_rows, read_texts
+    from arabic_qwen.audit.tables import dialects_tables
     from arabic_qwen.text.dialects import load_classifier
 
     rows = _progress(read_texts(files, method), "Reading", expected_rows(files))
@@ -183,7 +183,7 @@ def fit_dialects(
 ) -> None:
     """Train a dialect classifier on texts of your own; sources, if a column `source` names them, are held out whole."""
     from arabic_qwen.audit.dialects import fit_file
-    from arabic_qwen.audit.dialects_table import scores_table
+    from arabic_qwen.audit.tables import scores_table
 
     scores, held_out = fit_file(file, out, text, label, watch=partial(_progress, what="Reading", total=None))
     _print([f"on held-out {held_out}, in five folds", scores_table(scores), f"trained on all of them: {out}"])
@@ -199,9 +199,9 @@ def split(
     model: Classifier = "",
 ) -> None:
     """Split data in two with the same share of each dialect; rows with the same question stay together."""
-    from arabic_qwen.audit.dialects_table import split_tables
-    from arabic_qwen.audit.reading import expected_rows
+    from arabic_qwen.audit.rows import expected_rows
     from arabic_qwen.audit.split import split as divide
+    from arabic_qwen.audit.tables import split_tables
     from arabic_qwen.text.dialects import load_classifier
 
     watch = partial(_progress, what="Reading", total=expected_rows([file]))
@@ -220,6 +220,7 @@ def _progress(items: Iterable[T], what: str, total: float | None) -> Iterator[T]
 def _print(tables: Iterable[object], soft_wrap: bool = False) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=soft_wrap)
+    # markup: names of files and tokenizers may have brackets
+    console = Console(highlight=False, markup=False, soft_wrap=soft_wrap)
     for table in tables:
         console.print(table)

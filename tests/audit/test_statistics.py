@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arabic_qwen.audit import statistics as statistics_module
-from arabic_qwen.audit.rows import read_row
+from arabic_qwen.audit.rows import read_row, row_texts
 from arabic_qwen.audit.statistics import (
     RowTexts,
     Statistics,
@@ -15,7 +15,6 @@ from arabic_qwen.audit.statistics import (
     diacritic_kinds,
     histogram,
     quantile,
-    row_texts,
 )
 from arabic_qwen.text.dialects import Prediction
 from arabic_qwen.text.scripts import script_shares

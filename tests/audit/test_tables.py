@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from arabic_qwen.audit.reading import Sample
+from arabic_qwen.audit.rows import Sample
 from arabic_qwen.audit.statistics import RowTexts, Statistics
 from arabic_qwen.audit.tables import bar, statistics_tables, tokens_tables
 from arabic_qwen.audit.tokens import load_any_tokenizer, token_cost

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arabic_qwen.config import METHOD_CONFIGS, SFTConfig
-from arabic_qwen.data.layouts import canonical
+from arabic_qwen.data.layouts import COLUMNS, canonical
 from arabic_qwen.data.normalization import Normalizer
 from arabic_qwen.data.readers import Row
 from arabic_qwen.data.templates import set_template
@@ -71,10 +71,10 @@ VALUES = {
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 def test_texts_at_any_depth(value):
-    row = normalized({"column": value, "label": True, "empty": None, "number": 3})
+    row = normalized({"prompt": value, "label": True, "empty": None, "number": 3})
     as_it_should = json.loads(json.dumps(value).replace(json.dumps(DIRTY), json.dumps(CLEAN)))
-    assert row.values == {"column": as_it_should, "label": True, "empty": None, "number": 3}
-    assert row.given == {"column": value, "label": True, "empty": None, "number": 3}
+    assert row.values == {"prompt": as_it_should, "label": True, "empty": None, "number": 3}
+    assert row.given == {"prompt": value, "label": True, "empty": None, "number": 3}
 
 
 @pytest.mark.parametrize("stored", [json.dumps, lambda messages: json.dumps(messages, ensure_ascii=False), str])
@@ -116,16 +116,16 @@ def _stretch(values):
             return {key: stretch(item) if key in ("content", "value") else item for key, item in value.items()}
         return value
 
-    return {key: stretch(value) for key, value in values.items()}
+    return {key: stretch(value) if key in COLUMNS else value for key, value in values.items()}
 
 
 @given(st.text(st.sampled_from("ابكیـ\u064e\u0651\u200fﺑ`@ :/w."), max_size=30))
 def test_idempotent_and_counted_as_the_report_counts(text):
-    row = normalized({"a": text, "b": [text]})
+    row = normalized({"prompt": text, "rejected": [text]})
     assert normalized(row.values).changes == {}
     report = normalization_report([text, text])
     assert row.changes == {rule: found.characters for rule, found in report.items() if found.characters}
-    assert (row.given is None) == (row.values == {"a": text, "b": [text]})
+    assert (row.given is None) == (row.values == {"prompt": text, "rejected": [text]})
 
 
 @pytest.mark.parametrize(
@@ -135,18 +135,25 @@ def test_idempotent_and_counted_as_the_report_counts(text):
         ({"normalize": False}, [DIRTY, DIRTY]),
         ({"diacritics": "strip"}, ["مرحبا بكم في مكتبة المعلم"] * 2),
         ({"diacritics": "partial"}, ["مرحبا بكم في مكتبة المعلّم"] * 2),
-        ({"diacritics": {"a": "strip"}}, ["مرحبا بكم في مكتبة المعلم", CLEAN]),
-        ({"diacritics": {"a": "keep", "b": "partial"}}, [CLEAN, "مرحبا بكم في مكتبة المعلّم"]),
-        ({"diacritics": {"b": "strip"}, "normalize": False}, [DIRTY, "مـــرحبا ﺑﻜﻢ فی مکتبة\u200f المعلم"]),
+        ({"diacritics": {"prompt": "strip"}}, ["مرحبا بكم في مكتبة المعلم", CLEAN]),
+        ({"diacritics": {"prompt": "keep", "completion": "partial"}}, [CLEAN, "مرحبا بكم في مكتبة المعلّم"]),
+        ({"diacritics": {"completion": "strip"}, "normalize": False}, [DIRTY, "مـــرحبا ﺑﻜﻢ فی مکتبة\u200f المعلم"]),
     ],
 )
 def test_settings(settings, expected):
-    assert list(normalized({"a": DIRTY, "b": DIRTY}, **settings).values.values()) == expected
+    assert list(normalized({"prompt": DIRTY, "completion": DIRTY}, **settings).values.values()) == expected
+
+
+def test_columns_that_training_ignores_stay_as_they_are():
+    row = normalized({"instruction": "س", "src": DIRTY, "output": "كـتاب"})
+    assert row.values == {"instruction": "س", "src": DIRTY, "output": "كتاب"}
+    assert list(row.values) == list(row.given)
+    assert row.changes == {"tatweel": 1}
 
 
 def test_code_and_urls_stay():
     text = "اكتب `كـود` في https://example.com/كـتاب\n```python\nx = 'كـ'\n```"
-    assert normalized({"a": text}).changes == {}
+    assert normalized({"prompt": text}).changes == {}
 
 
 # A row of each layout with a diacritised question and answer, and the columns of both.
@@ -253,15 +260,23 @@ ROWS_WITH_SYSTEM = [{"instruction": "س", "response": "ج"}, {"instruction": "س
 
 
 class TestUnknownColumns:
-    @pytest.mark.parametrize("streaming", [False, True])
-    def test_columns_that_no_row_has(self, loader, streaming):
-        settings = {"streaming": True, "max_steps": 1} if streaming else {}
-        some = loader("sft", ROWS_WITH_SYSTEM, diacritics={"instruction": "strip", "output": "keep"}, **settings)
-        with pytest.raises(
-            ConfigurationError, match="no row has output; the rows' columns are instruction, response, system"
-        ):
-            train = some.load()["train"]
-            next(train.windows({}))
+    def test_columns_that_no_row_has(self, loader):
+        some = loader("sft", ROWS_WITH_SYSTEM, diacritics={"instruction": "strip", "output": "keep"})
+        with pytest.raises(ConfigurationError, match=r"no row has output; .* are instruction, response, system"):
+            some.load()
+
+    def test_a_later_row_of_a_stream_may_have_them(self, loader, monkeypatch, caplog):
+        monkeypatch.setattr("arabic_qwen.data.stream.WINDOW", 1)
+        rows = [{"instruction": "س", "response": A}, {"instruction": "س", "output": A}] * 2
+        settings = {"streaming": True, "max_steps": 1, "validation_split": 0}
+        some = loader("sft", rows, diacritics={"output": "strip", "src": "keep"}, **settings)
+        windows = some.load()["train"].windows({})
+        read = [texts(some, next(windows)[1])[0] for _ in rows]
+        assert ["عمر" in text for text in read] == [False, True] * 2
+        assert [message for message in caplog.messages if "no row has" in message] == [
+            "diacritics: no row has output, src; the columns that training reads of them are instruction, response "
+            "(so far; later rows may have others)"
+        ]
 
     def test_a_column_that_some_row_has(self, loader):
         assert len(loader("sft", ROWS_WITH_SYSTEM, diacritics={"system": "strip"}).load()["train"]) == 2

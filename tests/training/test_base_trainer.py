@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, get_scheduler
 
-from arabic_qwen.config import SFTConfig, load_config
+from arabic_qwen.config import DPOConfig, SFTConfig, load_config
 from arabic_qwen.errors import ConfigurationError, DatasetError, ModelLoadError, TrainingError
 from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.sft_trainer import SFTTrainer, create_sft_trainer
@@ -459,6 +459,29 @@ class TestStages:
             later = BaseTrainer(SFTConfig(**values, **given))
             later.get_data_loader()
             assert (later.config.normalize, later.config.diacritics) == expected
+
+    def test_diacritics_by_column_of_an_earlier_stage(self, config, tmp_path):
+        """Its questions were read as `instruction`; so are the prompts of this stage, and its answers keep theirs."""
+        config.diacritics = {"instruction": "strip", "response": "keep"}
+        create_sft_trainer(config).train()
+        rows = [{"prompt": f"مَن {n}؟", "chosen": "عُمَرُ", "rejected": "لا"} for n in range(4)]
+        data = tmp_path / "pairs.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        values = dict(model_name=config.output_dir, dataset_path=str(data), torch_dtype="float32", eval_samples=0)
+        values |= dict(max_steps=1, output_dir=str(tmp_path / "second"))
+        second = BaseTrainer(DPOConfig(**values))
+        second.train()
+        given = second.config.diacritics
+        assert given == config.diacritics
+        again = BaseTrainer(DPOConfig(**values | {"output_dir": str(tmp_path / "again"), "diacritics": given}))
+        again.train()  # as the second's own config.yaml says
+        (group,) = second.data_loader.encode(rows[:1])
+        assert "من 0" in second.tokenizer.decode(group.prompt)
+        assert "عُمَرُ" in second.tokenizer.decode(group.completions[0].ids)
+        own = DPOConfig(**values | {"model_name": config.model_name, "output_dir": str(tmp_path / "own")})
+        own.diacritics = given
+        with pytest.raises(ConfigurationError, match="no row has instruction, response"):
+            BaseTrainer(own).train()
 
     def test_own_template_goes_with_the_output(self, config, tmp_path):
         path = tmp_path / "own.jinja"

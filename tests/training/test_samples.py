@@ -35,7 +35,7 @@ def test_what_is_kept(model_dir, sft_file, tmp_path):
     trainer = BaseTrainer(sft_config(model_dir, sft_file, tmp_path, eval_samples=2, **STEPS))
     trainer.train()
     samples = written(tmp_path)
-    assert [sample["step"] for sample in samples] == [1, 1, 2, 2, 3, 3, 3, 3]  # and once more at the end
+    assert [sample["step"] for sample in samples] == [1, 1, 2, 2, 3, 3]
     assert all(list(s) == ["step", "prompt", "answer", "reference", "script", "dialect"] for s in samples)
     rows = [tuple(row.values.values()) for row in trainer.get_data_loader().split()["validation"]]
     assert {(s["prompt"], s["reference"]) for s in samples} <= set(rows)
@@ -47,6 +47,26 @@ def test_what_is_kept(model_dir, sft_file, tmp_path):
     assert "eval_script_leak" in trainer.metrics
     trainer.evaluate()
     assert written(tmp_path) == samples  # a finished run does not change
+
+
+def test_answers_of_the_best_checkpoint(model_dir, sft_file, tmp_path):
+    """It is the one that is kept; what it answered at its step is not asked again."""
+    values = dict(STEPS, eval_samples=2, load_best_model_at_end=True, max_steps=2)
+    trainer = BaseTrainer(sft_config(model_dir, sft_file, tmp_path, learning_rate=0.3, **values))
+    trainer.train()
+    assert trainer.trainer.state.best_global_step == 1
+    samples = written(tmp_path)
+    assert [sample["step"] for sample in samples] == [1, 1, 2, 2]
+    assert trainer.samples == samples[:2]
+    for sample in trainer.samples:
+        assert trainer.predict(sample["prompt"], max_length=64, do_sample=False) == sample["answer"]
+    assert "eval_script_leak" in trainer.metrics
+
+
+def test_steps_after_the_last_evaluation(model_dir, sft_file, tmp_path):
+    values = dict(STEPS, eval_samples=1, eval_steps=2, save_steps=2, load_best_model_at_end=False)
+    BaseTrainer(sft_config(model_dir, sft_file, tmp_path, **values)).train()
+    assert [sample["step"] for sample in written(tmp_path)] == [2, 3]
 
 
 def test_an_evaluation_without_a_run_writes_nothing(model_dir, sft_file, tmp_path):
@@ -70,7 +90,7 @@ def test_after_a_resume_steps_are_there_once(model_dir, sft_file, tmp_path, monk
         file.write('{"step": 3, "prompt": "س"}\n{"step": 3, "prompt": "س'.encode()[:-1])
     BaseTrainer(sft_config(model_dir, sft_file, tmp_path, **values)).train()
     samples = written(tmp_path)
-    assert [sample["step"] for sample in samples] == [1, 2, 3, 3]
+    assert [sample["step"] for sample in samples] == [1, 2, 3]
     assert all("answer" in sample for sample in samples)
 
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from arabic_qwen.audit.text_checks import Found, around
 from arabic_qwen.text.normalization import fold
-from arabic_qwen.text.scripts import script_shares
+from arabic_qwen.text.scripts import names_other_language, outside_brackets, script_shares
 from arabic_qwen.text.spans import hide_spans
 
 #: Of a row's letters, at least; of a row with at least `_FEW_LETTERS`.
@@ -19,15 +19,6 @@ _FEW_LETTERS = 20
 _OTHER_LETTER = re.compile("[A-Za-z\u00aa\u00b5\u00ba-\u05ff\u0700-\u074f\u0780-\u086f\u0900-\ud7ff\uf900-\ufb4f]")
 
 # Folded spellings, since prompts are folded before they are searched.
-_OTHER_LANGUAGE = re.compile(
-    r"""
-    انجليز|انكليز|فرنس|الماني|اسبان|ايطال|تركي|فارسي|روسي|صيني|الصين|ياباني|اليابان|كوري|هندي|اردي|اورد[وي]|عبري|لاتين|يونان
-  | برتغال|هولند|سويدي|بولند|امازيغ|كردي|لغات|لغتين|اجنبي|عربيزي|فرانكو|كانجي
-  | english|french|german|spanish|italian|turkish|persian|farsi|russian|chinese|mandarin|japan|china|korea|hindi|urdu
-  | hebrew|latin|greek|portuguese|dutch|swedish|polish|tamazight|berber|kurdish|languages|arabizi
-    """,
-    re.VERBOSE | re.IGNORECASE,
-)
 _CODE_WORDS = re.compile(
     r"كود|شيفر|برنامج|برمج|بايثون|جافا|سكريبت|استعلام|امر|اوامر|معادل|صيغ|رمز|code|python|java|sql|script|regex|json|linux|bash",
     re.IGNORECASE,
@@ -61,12 +52,12 @@ def answer_findings(prompt: str, answer: str, context: str) -> Iterator[Found]:
 
 def _script(asked: str, prompt: str, answer: str) -> Iterator[Found]:
     """`asked` is folded text."""
-    if not _OTHER_LETTER.search(answer) or _OTHER_LANGUAGE.search(asked):
+    if not _OTHER_LETTER.search(answer) or names_other_language(asked):
         return
     shares = script_shares(answer)
     arabic = shares.get("Arabic", 0.0)
     if arabic >= 0.5:
-        match = _ANY_FOREIGN.search(answer) if shares.keys() & _FOREIGN.keys() else None
+        match = _ANY_FOREIGN.search(outside_brackets(answer)) if shares.keys() & _FOREIGN.keys() else None
         if match and not _ANY_FOREIGN.search(asked):
             name = next(script for script, pattern in _FOREIGN.items() if re.match(pattern, match[0]))
             yield Found("wrong_script", f"{name} letters in an Arabic answer", around(answer, *match.span()))

@@ -11,8 +11,8 @@ from pathlib import Path
 from arabic_qwen.audit.answer_checks import answer_findings, asked_dialect, nearly_equal, too_little_arabic
 from arabic_qwen.audit.duplicates import Duplicates
 from arabic_qwen.audit.findings import CODES, Finding, Level
-from arabic_qwen.audit.rows import Conversation, known_method, method_of, read_row
-from arabic_qwen.audit.statistics import Statistics, row_texts
+from arabic_qwen.audit.rows import Conversation, known_method, method_of, read_row, row_texts
+from arabic_qwen.audit.statistics import Statistics
 from arabic_qwen.audit.text_checks import Found, around, html_finding, text_findings
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.bad_rows import BadRow, RowError

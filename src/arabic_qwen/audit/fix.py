@@ -19,16 +19,15 @@ from arabic_qwen.audit.rows import Conversation, known_method, method_of, read_r
 from arabic_qwen.audit.text_checks import HTML, TEMPLATE_TOKENS, html_finding
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.bad_rows import BadRow, RowError
-from arabic_qwen.data.layouts import LAYOUTS, MESSAGE_COLUMNS, are_messages, canonical, role_of
+from arabic_qwen.data.layouts import COLUMNS, MESSAGE_COLUMNS, are_messages, canonical, role_of
 from arabic_qwen.data.readers import Row
 from arabic_qwen.data.sources import read_rows
 from arabic_qwen.errors import ConfigurationError, DatasetError
 from arabic_qwen.text.encoding import repair_mojibake
 from arabic_qwen.text.normalization import normalize
-from arabic_qwen.text.rules import TRAIN
+from arabic_qwen.text.rules import OFF, TRAIN
 from arabic_qwen.text.spans import hide_spans, restore_spans
 
-_TEXT_COLUMNS = {name for layout in LAYOUTS for name in (*layout.columns, *layout.optional)}
 # What some programs take for the end of a line.
 _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 _ROUNDS = 10  # what one repair leaves may need another: &lt;|im_end|&gt;
@@ -204,7 +203,7 @@ def _repair_texts(values: dict[str, Any], html: bool = False) -> tuple[dict[str,
             }
         return value
 
-    return {name: walk(value, name) if name in _TEXT_COLUMNS else value for name, value in values.items()}, changes
+    return {name: walk(value, name) if name in COLUMNS else value for name, value in values.items()}, changes
 
 
 def _repairs(text: str, html: bool) -> Iterator[tuple[str, str, str]]:
@@ -255,19 +254,13 @@ def _html_to_markdown(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", HTML.sub(convert, text)).strip()
 
 
-def _only(rule: str) -> Callable[[str], str]:
-    """Profile `train` with this rule alone."""
-    off = {other.name: setting for other in TRAIN for setting in other.settings if other.settings[setting] is None}
-    return partial(normalize, **{name: setting for name, setting in off.items() if name != rule})
-
-
 _CODE_OF_RULE = {"invisible": "bidi_controls"}
 _STEPS: list[tuple[str, Callable[[str], str]]] = [
     ("mojibake", repair_mojibake),
     ("template_tokens", partial(_outside_code, _remove_tokens)),
     ("html", partial(_outside_code, _html_to_markdown)),
     *(
-        (_CODE_OF_RULE.get(rule.name, rule.name), _only(rule.name))
+        (_CODE_OF_RULE.get(rule.name, rule.name), partial(normalize, **{**OFF, rule.name: rule.default}))
         for rule in TRAIN
         if rule.settings[rule.default] is not None
     ),

@@ -26,34 +26,6 @@ _NAMES = 5  # shown of data files, and of scripts
 _HIDDEN = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{INVISIBLE}\ud800-\udfff\ufdd0\ufffe\uffff]")
 
 _SIDES = {"prompts": "الأسئلة", "answers": "الإجابات", "rejected": "المرفوضة"}
-_KINDS = {
-    "broken_row": "صفّ معطوب",
-    "empty_answer": "إجابة فارغة",
-    "placeholder_answer": "نصّ نائب بدل الإجابة",
-    "stringified_messages": "رسائل مخزّنة نصًّا",
-    "translated_role": "اسم دور مترجم",
-    "swapped_roles": "دوران متبادلان",
-    "missing_end_of_turn": "محادثة بلا إجابة أخيرة",
-    "equal_answers": "المختارة والمرفوضة سواء",
-    "nearly_equal_answers": "المختارة والمرفوضة متقاربتان",
-    "mojibake": "ترميز خاطئ",
-    "duplicate": "مكرّر",
-    "near_duplicate": "شبه مكرّر",
-    "duplicate_across_files": "مكرّر بين ملفّين",
-    "near_duplicate_across_files": "شبه مكرّر بين ملفّين",
-    "template_tokens": "رموز قالب المحادثة في النصّ",
-    "code_fence": "شيفرة مترجمة أو مكسورة",
-    "html": "وسوم HTML",
-    "presentation_forms": "أشكال عرض بدل الحروف",
-    "tatweel": "تطويل",
-    "bidi_controls": "علامات اتّجاه خفيّة",
-    "unk_token": "رمز مجهول",
-    "wrong_script": "إجابة بكتابة أخرى",
-    "little_arabic": "عربيّة قليلة",
-    "refusal": "عبارة رفض جاهزة",
-    "prompt_leak": "السؤال مكرّر في الإجابة",
-    "dialect_mismatch": "إجابة بلهجة أخرى",
-}
 
 
 def score(audit: Audit) -> int:
@@ -165,7 +137,7 @@ def _finding(code: str, number: int, rows: int, examples: list[Finding]) -> str:
         for found in examples
     )
     return (
-        f'<details class="{kind.level}"><summary><b>{_KINDS[code]}</b> '
+        f'<details class="{kind.level}"><summary><b>{kind.arabic}</b> '
         f'<span lang="en" dir="ltr">{escape(kind.title)}</span>'
         f'<data dir="ltr">{number:,}</data>{_meter(number / max(1, rows))}</summary>\n'
         f'<p lang="en" dir="ltr">{escape(kind.remedy)}{" (data fix does it)" if kind.fixed else ""}</p>\n'

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arabic_qwen.audit.rows import Conversation
 from arabic_qwen.text.dialects import UNKNOWN, DialectClassifier, load_classifier
 from arabic_qwen.text.rules import QURANIC, TANWIN_SHADDA, VOWELS
 from arabic_qwen.text.scripts import letter_script
@@ -34,11 +33,6 @@ class RowTexts(NamedTuple):
     prompt: str  # the last question
     answers: tuple[str, ...]  # to it: the chosen one first
     turns: int = 1  # of the user
-
-
-def row_texts(row: Conversation) -> RowTexts:
-    turns = sum(message["role"] == "user" for message in row.messages)
-    return RowTexts(row.question, (row.answer, *row.rejected), turns)
 
 
 class Texts:

@@ -1,23 +1,36 @@
-"""Statistics and token costs as tables for a terminal."""
+"""What the data verbs found, as tables and lines for a terminal."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from arabic_qwen.audit.reading import Sample
+from arabic_qwen.audit.findings import CODES
+from arabic_qwen.audit.report import score
 from arabic_qwen.audit.statistics import DIACRITICS, QUANTILES, Statistics, histogram, quantile
-from arabic_qwen.audit.tokens import CHANGES, Count, TokenCost
 from arabic_qwen.data.bad_rows import count
 from arabic_qwen.terminal import isolated
-from arabic_qwen.text.dialects import DIALECTS, UNKNOWN
+from arabic_qwen.text.dialects import DIALECTS, UNKNOWN, Score
 
+if TYPE_CHECKING:  # some take long to import, and each verb needs one of them
+    from arabic_qwen.audit.check import Audit
+    from arabic_qwen.audit.dialects import DialectReport
+    from arabic_qwen.audit.rows import Sample
+    from arabic_qwen.audit.split import Split
+    from arabic_qwen.audit.tokens import Count, TokenCost
+
+_EVERY = (*DIALECTS, UNKNOWN)
 _BAR = 8  # columns
+_LETTERS = 60  # of an example
+_COLOURS = {"error": "red", "warning": "yellow"}
+_INDENT = 9  # columns
 _SCRIPTS_SHOWN = 5
 _REMARK = "Tokens saved are training time saved, in about the same share, and room in max_seq_length."
 
@@ -59,7 +72,7 @@ def statistics_tables(statistics: Statistics) -> list[RenderableType]:
     kinds = {
         "script": ([script for script, _ in most.most_common(_SCRIPTS_SHOWN)], scripts),
         "dialect": (
-            [name for name in (*DIALECTS, UNKNOWN) if any(texts.dialects[name] for texts in sides.values())],
+            [name for name in _EVERY if any(texts.dialects[name] for texts in sides.values())],
             {name: _shares(texts.dialects) for name, texts in sides.items()},
         ),
         "diacritics": (list(DIACRITICS), {name: _shares(texts.diacritics) for name, texts in sides.items()}),
@@ -85,20 +98,16 @@ def _shares(counts: Counter[str]) -> dict[str, float]:
     return {name: count / counts.total() for name, count in counts.items()}
 
 
-def _drift(statistics: Statistics) -> list[RenderableType]:
+def _drift(found: Statistics | DialectReport) -> list[RenderableType]:
     """Dialects of prompts against those of their answers."""
-    if statistics.drift_share is None:
+    if found.drift_share is None:
         return []
-    prompts, answers = ([d for d in (*DIALECTS, UNKNOWN) if d in side] for side in zip(*statistics.drift, strict=True))
+    prompts, answers = ([d for d in _EVERY if d in side] for side in zip(*found.drift, strict=True))
     table = _table("dialect of prompt ↓, answer →", answers)
     for prompt in prompts:
-        counts = [statistics.drift[prompt, answer] for answer in answers]
+        counts = [found.drift[prompt, answer] for answer in answers]
         table.add_row(prompt, *[f"{number:,}" if number else "·" for number in counts])
-    return [
-        table,
-        f"{statistics.drift_share:.1%} of answers in another dialect than their prompt, where both are known",
-        "",
-    ]
+    return [table, f"{found.drift_share:.1%} of answers in another dialect than their prompt, where both are known", ""]
 
 
 def _answer_lengths(statistics: Statistics) -> RenderableType:
@@ -121,7 +130,7 @@ def tokens_tables(costs: dict[str, TokenCost], rows: Sample) -> list[RenderableT
     table.add_row("  a word", *[_per_word(cost.total) for cost in every])
     table.add_row("  a character", *[f"{cost.total.tokens / max(1, cost.total.characters):.2f}" for cost in every])
     table.add_row(Text("tokens a word, by dialect", style="bold"))
-    for dialect in (*DIALECTS, UNKNOWN):
+    for dialect in _EVERY:
         if dialect in first.dialects:
             label = f"  {dialect} ({count(first.dialects[dialect].texts, 'text')})"
             table.add_row(label, *[_per_word(cost.dialects[dialect]) for cost in every])
@@ -131,10 +140,10 @@ def tokens_tables(costs: dict[str, TokenCost], rows: Sample) -> list[RenderableT
             label = f"  {kind} ({count(first.diacritics[kind].texts, 'text')})"
             table.add_row(label, *[_per_word(cost.diacritics[kind]) for cost in every])
     table.add_row(Text("tokens saved, by normalisation", style="bold"))
-    for change in CHANGES:
-        if not first.savings[change].texts:
+    for change, saving in first.savings.items():
+        if not saving.texts:
             continue
-        label = f"  {change} ({count(first.savings[change].texts, 'text')})"
+        label = f"  {change} ({count(saving.texts, 'text')})"
         savings = [(cost.savings[change].tokens, cost.total.tokens) for cost in every]
         table.add_row(label, *[f"{saved:,} {saved / max(1, total):6.1%}" for saved, total in savings])
     if not any(saving.texts for saving in first.savings.values()):
@@ -172,3 +181,69 @@ def _worst(costs: dict[str, TokenCost]) -> Iterable[RenderableType]:
 def _visible(piece: str) -> str:
     """A piece that begins with a diacritic needs something to carry it."""
     return "◌" + piece if unicodedata.combining(piece[0]) else piece
+
+
+def _shares_table(columns: Mapping[str, Counter[str]]) -> Table:
+    """A row a dialect, a column of counts and of shares for each column."""
+    table = _table("dialect", [name for column in columns for name in (column, "")])
+    for dialect in _EVERY:
+        if any(counts[dialect] for counts in columns.values()):
+            pairs = [(counts[dialect], counts[dialect] / max(1, counts.total())) for counts in columns.values()]
+            table.add_row(dialect, *[cell for number, share in pairs for cell in (f"{number:,}", share_cell(share))])
+    return table
+
+
+def dialects_tables(report: DialectReport) -> list[RenderableType]:
+    """Shares, drift from question to answer, and the answers that were told most surely."""
+    rows = count(report.rows, "row")
+    shown: list[RenderableType] = [f"{rows}, {count(report.bad_rows, 'bad row')} left out" if report.bad_rows else rows]
+    shown += ["", _shares_table({"questions": report.prompts, "answers": report.answers}), ""]
+    shown += _drift(report)
+    for dialect, examples in report.examples.items():
+        for confidence, text in examples:
+            shown.append(Text(f"{dialect}  {confidence:4.0%}  {isolated(' '.join(text.split())[:_LETTERS])}"))
+    return shown
+
+
+def scores_table(scores: Sequence[Score]) -> Table:
+    table = _table("dialect", ["texts", "precision", "recall", "F1", "unknown"])
+    for dialect, texts, *numbers in scores:
+        table.add_row(dialect, f"{texts:,}", *[f"{number:.2f}" for number in numbers])
+    macro = sum(each.f1 for each in scores) / len(scores)
+    table.add_row("all", f"{sum(each.texts for each in scores):,}", "", "", f"{macro:.2f}", "")
+    return table
+
+
+def split_tables(split: Split) -> list[RenderableType]:
+    """The dialects of the answers of each part, and where the parts are."""
+    shown: list[RenderableType] = [_shares_table(split.dialects)]
+    if split.bad_rows:
+        shown.append(f"{count(split.bad_rows, 'bad row')} left out; `arabic-qwen data check` names them")
+    return [*shown, *[f"{split.dialects[part].total():,} rows: {path}" for part, path in split.files.items()]]
+
+
+def findings_table(audit: Audit, examples: int) -> Iterator[Text]:
+    """Lines: each code, errors first, how often it was found and what helps; under it the first places and texts."""
+    width = max(map(len, audit.counts), default=0)
+    yield Text(f"{'level':<{_INDENT}}{'code':<{width}}  {'count':>7}  what to do", "bold")
+    for code in sorted(audit.counts, key=lambda code: (CODES[code].level, -audit.counts[code])):
+        found = [finding for finding in audit.findings if finding.code == code]
+        level = min((finding.level for finding in found), default=CODES[code].level)
+        line = Text(f"{level:<{_INDENT}}", _COLOURS[level])
+        yield line.append(f"{code:<{width}}  {audit.counts[code]:>7,}  {CODES[code].remedy}", "not bold default")
+        for finding in found[:examples]:
+            place = f"{Path(finding.file).name}:{finding.line}  "
+            indent = _INDENT + len(place)
+            yield Text(f"{'':<{_INDENT}}{place}{isolated(finding.message, indent)}", "dim")
+            if finding.example:
+                yield Text(f"{'':<{indent}}{isolated(finding.example, indent)}")
+
+
+def verdict(audit: Audit) -> str:
+    """The last line: counts, score, and what can be repaired."""
+    warnings = audit.counts.total() - audit.errors
+    fixed = sum(number for code, number in audit.counts.items() if CODES[code].fixed)
+    found = f"{count(audit.rows, 'row')}: {count(audit.errors, 'error')}, {count(warnings, 'warning')}"
+    return f"{found}; score {score(audit)} of 100" + (
+        f"; `arabic-qwen data fix FILE OUT` repairs {fixed:,} of them" if fixed else ""
+    )

@@ -18,16 +18,15 @@ from arabic_qwen.models.safety import check_files, one_line
 from arabic_qwen.models.sources import locate_on_hub, resolve_model_name
 from arabic_qwen.text.dialects import DialectClassifier, load_classifier
 from arabic_qwen.text.normalization import normalize
-from arabic_qwen.text.rules import TRAIN, Setting
+from arabic_qwen.text.rules import OFF, TRAIN, Setting
 
 #: Texts tokenised at a time.
 _BATCH = 1000
 
-_OFF: dict[str, Setting] = {rule.name: False if isinstance(rule.default, bool) else "keep" for rule in TRAIN}
 #: What may be done to the texts, by the name that tables give it: each default rule of `train` by itself, all of them,
 #: and all of them with diacritics removed.
 CHANGES: dict[str, dict[str, Setting]] = {
-    **{rule.name: {**_OFF, rule.name: True} for rule in TRAIN if rule.default is True},
+    **{rule.name: {**OFF, rule.name: True} for rule in TRAIN if rule.default is True},
     "train": {},
     "train, diacritics=partial": {"diacritics": "partial"},
     "train, diacritics=strip": {"diacritics": "strip"},

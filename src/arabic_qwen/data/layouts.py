@@ -92,6 +92,9 @@ LAYOUTS = (
     ),
 )
 
+#: All columns that training reads.
+COLUMNS = frozenset(name for layout in LAYOUTS for name in (*layout.columns, *layout.optional))
+
 _TEXTS = ("prompt", "completion", "chosen", "rejected")
 
 #: Columns that hold a list of messages, or may do so instead of text.

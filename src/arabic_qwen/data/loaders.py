@@ -52,6 +52,9 @@ class DataLoader:
     Args:
         config: paths, split, template and length settings.
         tokenizer: with the chat template to train on.
+
+    Attributes:
+        check_columns: whether the columns that `diacritics` names must be there; not where an earlier run named them.
     """
 
     def __init__(self, config: Any, tokenizer: PreTrainedTokenizerBase):
@@ -60,6 +63,7 @@ class DataLoader:
         self._length_key = "max_length" if getattr(config, "max_length", None) else "max_seq_length"
         self.max_tokens: int = getattr(config, self._length_key)
         self.bad_rows = BadRows()  # those that load() left out
+        self.check_columns = True
         self._normalizer = Normalizer(config)
         self._reported = False
 
@@ -85,15 +89,15 @@ class DataLoader:
         of. Rows that cannot be trained on go to `bad_rows.jsonl` in the output folder.
 
         Raises:
-            ConfigurationError: `diacritics` names columns that no row has.
+            ConfigurationError: `diacritics` names columns that no row has; when streaming, a warning of the first rows.
             DatasetError: a file cannot be read, or more than `max_bad_rows` rows cannot be trained on.
         """
         config = self.config
         self.bad_rows = BadRows(config.max_bad_rows, Path(config.resolved_output_dir, BAD_ROWS_FILE))
         train = [] if config.streaming else self._read(config.dataset_path)
         validation = self._read(config.eval_dataset_path) if config.eval_dataset_path else []
-        if not config.streaming:
-            self._normalizer.check_columns()
+        if not config.streaming and self.check_columns and (problem := self._normalizer.missing_columns()):
+            raise ConfigurationError(problem)
         self.bad_rows.check()
         if not config.eval_dataset_path and not config.streaming:
             train, validation = self._hold_out(train, [example.key for example in train])
@@ -123,7 +127,9 @@ class DataLoader:
 
     def _encode_window(self, rows: list[Row | BadRow]) -> GroupDataset:
         examples = list(self._examples(self._normalizer.rows(rows), self.bad_rows))
-        self._normalizer.check_columns()
+        if self.check_columns and (problem := self._normalizer.missing_columns()):
+            logger.warning("%s (so far; later rows may have others)", problem)
+        self.check_columns = False  # once
         self.bad_rows.check()
         dataset = self._train_set(examples)
         if not self._reported and len(dataset):

@@ -8,20 +8,15 @@ from typing import Any
 
 from arabic_qwen.data.bad_rows import BadRow, RowError
 from arabic_qwen.data.conversations import Message
-from arabic_qwen.data.layouts import canonical
+from arabic_qwen.data.layouts import COLUMNS, canonical
 from arabic_qwen.data.readers import Row
-from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.text.normalization import normalize, normalize_counted
-from arabic_qwen.text.rules import TRAIN, Setting
+from arabic_qwen.text.rules import OFF, Setting
 
-#: Columns that may hold a question, of which `diacritics` by column tells how questions are read.
-_QUESTIONS = ("instruction", "prompt", "inputs", "messages", "conversations")
+# Columns of questions: where `diacritics` by column names one of them, it says how all questions are read.
+_QUESTION_TEXTS = ("instruction", "prompt", "inputs")
+_QUESTIONS = (*_QUESTION_TEXTS, "messages", "conversations")
 _MESSAGE_TEXTS = ("content", "value")
-
-#: For `normalize: false`: what leaves a text as it is.
-_OFF: dict[str, Setting] = {
-    rule.name: next(setting for setting, function in rule.settings.items() if function is None) for rule in TRAIN
-}
 
 
 class Normalizer:
@@ -33,30 +28,30 @@ class Normalizer:
 
     def __init__(self, config: Any):
         self.diacritics: Any = config.diacritics
-        self._rules = {} if config.normalize else _OFF
+        self._rules = {} if config.normalize else OFF
+        by_column = config.diacritics if isinstance(config.diacritics, dict) else {}
+        self._question = next((by_column[column] for column in _QUESTIONS if column in by_column), "keep")
         self._columns: dict[str, None] = {}  # met so far, in order
 
     def rows(self, rows: Iterable[Row | BadRow]) -> Iterator[Row | BadRow]:
-        """The rows with their texts normalised."""
+        """The rows with their texts normalised: those of columns that training reads."""
         return (self._row(row) if isinstance(row, Row) else row for row in rows)
 
     def _row(self, row: Row) -> Row:
-        self._columns.update(dict.fromkeys(row.values))
+        self._columns.update(dict.fromkeys(column for column in row.values if column in COLUMNS))
         changes: Counter[str] = Counter()
         try:
             given, _ = canonical(row.values)  # in messages that are stored as text, letters may be escaped
         except RowError:
             return row  # which reading it will say
-        values = {}
-        for column, value in given.items():
-            values[column] = _map_texts(value, self._function(self._setting(column), changes))
+        values = dict(given)
+        for column in filter(COLUMNS.__contains__, given):
+            values[column] = _map_texts(given[column], self._function(self._setting(column), changes))
         return row._replace(values=values, given=row.values, changes=changes) if changes else row
 
     def prompt(self, messages: list[Message]) -> list[Message]:
         """A conversation to be answered, with what the user says normalised as questions are in the run's data."""
-        setting = self.diacritics
-        if isinstance(setting, dict):
-            setting = next((setting[column] for column in _QUESTIONS if column in setting), "keep")
+        setting = self._question if isinstance(self.diacritics, dict) else self.diacritics
         return [
             {**message, "content": normalize(message["content"], **{**self._rules, "diacritics": setting})}
             if message["role"] == "user"
@@ -64,16 +59,20 @@ class Normalizer:
             for message in messages
         ]
 
-    def check_columns(self) -> None:
-        """Raise ConfigurationError where `diacritics` names columns that none of the rows has."""
-        if isinstance(self.diacritics, dict) and (missing := self.diacritics.keys() - self._columns.keys()):
-            raise ConfigurationError(
-                f"diacritics: no row has {', '.join(sorted(missing))}; "
-                f"the rows' columns are {', '.join(self._columns) or '(none)'}"
-            )
+    def missing_columns(self) -> str:
+        """What to say where `diacritics` names columns that no row so far has, or that training does not read."""
+        missing = self.diacritics.keys() - self._columns.keys() if isinstance(self.diacritics, dict) else ()
+        if not missing:
+            return ""
+        return (
+            f"diacritics: no row has {', '.join(sorted(missing))}; "
+            f"the columns that training reads of them are {', '.join(self._columns) or '(none)'}"
+        )
 
     def _setting(self, column: str) -> Setting:
-        return self.diacritics.get(column, "keep") if isinstance(self.diacritics, dict) else self.diacritics
+        if not isinstance(self.diacritics, dict):
+            return self.diacritics
+        return self.diacritics.get(column, self._question if column in _QUESTION_TEXTS else "keep")
 
     def _function(self, diacritics: Setting, changes: Counter[str]) -> Callable[[str], str]:
         rules = {**self._rules, "diacritics": diacritics}

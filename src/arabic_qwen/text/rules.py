@@ -256,4 +256,9 @@ COMPARE = (
     ),
 )
 
+#: Settings of profile `train` that leave a text as it is.
+OFF: dict[str, Setting] = {
+    rule.name: setting for rule in TRAIN for setting, function in rule.settings.items() if function is None
+}
+
 PROFILES = {"train": TRAIN, "compare": COMPARE}

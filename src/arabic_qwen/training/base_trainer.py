@@ -10,12 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import MLflowCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -116,10 +111,9 @@ class BaseTrainer(GenerationMixin):
         if not sources.is_run_output(model_path):
             return None
         saved = load_config(Path(model_path, sources.RUN_CONFIG))
-        template = saved.instruction_template
-        if template.endswith(TEMPLATE_SUFFIXES):
-            template = "tokenizer"  # which was saved with it; the file may be gone
-        prompt_format = saved.model_copy(update={"instruction_template": template})
+        own = saved.instruction_template.endswith(TEMPLATE_SUFFIXES)
+        # The tokenizer was saved with it; the file may be gone.
+        prompt_format = saved.model_copy(update={"instruction_template": "tokenizer"}) if own else saved
         for name in set(PROMPT_FORMAT) - keep:
             setattr(self.config, name, getattr(prompt_format, name))
         return saved
@@ -160,11 +154,14 @@ class BaseTrainer(GenerationMixin):
             result = self.trainer.train(resume_from_checkpoint=checkpoint)
 
             self.trainer.remove_callback(MLflowCallback)  # its run has ended; the evaluation would start another
+            samples = getattr(self.trainer, "samples", None)
+            if samples and self.trainer.args.load_best_model_at_end:
+                samples.best_step = self.trainer.state.best_global_step
             if "validation" in self.dataset:
                 self.evaluate()
-            if isinstance(self.trainer, PackedTrainer) and self.trainer.samples:
-                self.samples = self.trainer.samples.latest
-                self.trainer.samples = None  # later evaluations are not the run's
+            if samples:
+                self.samples = samples.latest
+                self.trainer.samples = None  # type: ignore[union-attr]  # later evaluations are not the run's
             self.save_model()
             if self.trainer.is_world_process_zero():
                 summary = {"metrics": self.metrics, "train": result.metrics, "data": self._data_summary()}
@@ -270,6 +267,8 @@ class BaseTrainer(GenerationMixin):
         method = METHODS.get(self._get_training_method())
         loader = method.data_loader if method else SFTDataLoader
         self.data_loader = loader(self._validated(), self.tokenizer)
+        earlier = self._inherit_prompt_format(self._source, keep=set(PROMPT_FORMAT))
+        self.data_loader.check_columns = earlier is None or earlier.diacritics != self.config.diacritics
         return self.data_loader
 
     def load_and_validate_dataset(self) -> dict[str, Any]:

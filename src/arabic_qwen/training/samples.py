@@ -17,6 +17,7 @@ from arabic_qwen.data.templates import last_question
 from arabic_qwen.redaction import redact
 from arabic_qwen.text.dialects import UNKNOWN, load_classifier
 from arabic_qwen.text.scripts import leaked_scripts, script_shares
+from arabic_qwen.training.report import read_entries
 
 #: File of a run's output folder, one JSON object a line: step, prompt, answer, reference, script and dialect.
 SAMPLES_FILE = "samples.jsonl"
@@ -34,6 +35,7 @@ class Samples:
 
     Attributes:
         latest: the last answers, as they are in the file.
+        best_step: step of the model that answers from now on, which is not the one that training has come to.
     """
 
     def __init__(self, config: BaseConfig, held_out: GroupDataset, tokenizer: PreTrainedTokenizerBase):
@@ -48,9 +50,12 @@ class Samples:
         self._batch_size = config.per_device_eval_batch_size
         self._file = Path(config.resolved_output_dir, SAMPLES_FILE)
         self.latest: list[dict[str, Any]] = []
+        self.best_step: int | None = None
 
     def __call__(self, model: Any, step: int) -> dict[str, float]:
         """Answer, write, and measure: `script_leak` and `dialect_drift`, each where there is what it is measured on.
+
+        What the model of a step has answered already is not asked again.
 
         Args:
             model: in evaluation mode.
@@ -58,12 +63,23 @@ class Samples:
         """
         if not self._prompts:
             return {}
+        step = self.best_step or step
+        self.latest = [sample for sample in read_entries(self._file) if sample["step"] == step]
+        if not self.latest:
+            self.latest = self._sample(model, step)
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(redact("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in self.latest)))
+        leaks = [leaked_scripts(sample["prompt"], sample["answer"]) for sample in self.latest]
+        pairs = zip(self.latest, self._dialects([sample["reference"] for sample in self.latest]), strict=True)
+        known = [(sample["dialect"], other) for sample, other in pairs if UNKNOWN not in (sample["dialect"], other)]
+        return _share("script_leak", [bool(scripts) for scripts in leaks if scripts is not None]) | _share(
+            "dialect_drift", [answer != reference for answer, reference in known]
+        )
+
+    def _sample(self, model: Any, step: int) -> list[dict[str, Any]]:
         answers = self._answer(model)
-        predicted = self._classifier.predict([*answers, *self._references])
-        dialects = [prediction.dialect for prediction in predicted]
-        ours, theirs = dialects[: len(answers)], dialects[len(answers) :]
-        rows = zip(self._questions, answers, self._references, ours, strict=True)
-        self.latest = [
+        rows = zip(self._questions, answers, self._references, self._dialects(answers), strict=True)
+        return [
             {
                 "step": step,
                 "prompt": question,
@@ -74,13 +90,9 @@ class Samples:
             }
             for question, answer, reference, dialect in rows
         ]
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(redact("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in self.latest)))
-        leaks = [leaked_scripts(*pair) for pair in zip(self._questions, answers, strict=True)]
-        pairs = [pair for pair in zip(ours, theirs, strict=True) if UNKNOWN not in pair]
-        return _share("script_leak", [bool(scripts) for scripts in leaks if scripts is not None]) | _share(
-            "dialect_drift", [answer != reference for answer, reference in pairs]
-        )
+
+    def _dialects(self, texts: list[str]) -> list[str]:
+        return [prediction.dialect for prediction in self._classifier.predict(texts)]
 
     def _answer(self, model: Any) -> list[str]:
         answers: list[str] = []

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from arabic_qwen.audit.reading import expected_rows, measure, read_texts, sample_rows
+from arabic_qwen.audit.rows import expected_rows, measure, read_texts, sample_rows
 from arabic_qwen.audit.statistics import RowTexts
 from arabic_qwen.data.bad_rows import BadRow
 from arabic_qwen.errors import ConfigurationError, DatasetError
