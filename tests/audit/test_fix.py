@@ -81,12 +81,11 @@ def test_messages_keep_their_layout(tmp_path):
     ]
 
 
-def test_swapped_roles(tmp_path):
-    rows, changes, _ = fixed(
-        tmp_path, {"messages": [{"role": "assistant", "content": "من؟"}, {"role": "user", "content": "أنا"}]}
-    )
-    assert rows == [{"messages": [{"role": "user", "content": "من؟"}, {"role": "assistant", "content": "أنا"}]}]
-    assert changes == {"swapped_roles": 1}
+def test_a_greeting_and_a_request_are_not_swapped(tmp_path):
+    turns = [("assistant", "مرحبًا، كيف أساعدك؟"), ("user", "اكتب قصيدة عن البحر")]
+    greeting = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    _, changes, dropped = fixed(tmp_path, greeting, {"instruction": "من؟", "response": "أنا"})
+    assert (changes, dropped) == ({}, {"swapped_roles": 1})
 
 
 def test_what_cannot_be_used_is_kept_beside(tmp_path):

@@ -33,7 +33,7 @@ CODES = {
     "placeholder_answer": Code("error", "placeholder instead of an answer", "write the answer or remove the row"),
     "stringified_messages": Code("warning", "messages stored as a string", "store a list of messages", True),
     "translated_role": Code("warning", "role name in Arabic or translated", "system, user, assistant", True),
-    "swapped_roles": Code("error", "user and assistant swapped", "swap the roles of the conversation", True),
+    "swapped_roles": Code("error", "user and assistant swapped", "swap the roles, or add the answer"),
     "missing_end_of_turn": Code("error", "conversation without its last answer", "end it with an answer"),
     "equal_answers": Code("error", "chosen and rejected are the same", "remove the row"),
     "nearly_equal_answers": Code(

@@ -19,7 +19,7 @@ from arabic_qwen.audit.rows import Conversation, known_method, method_of, read_r
 from arabic_qwen.audit.text_checks import HTML, TEMPLATE_TOKENS, html_finding
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.bad_rows import BadRow, RowError
-from arabic_qwen.data.layouts import LAYOUTS, MESSAGE_COLUMNS, are_messages, canonical, role_of
+from arabic_qwen.data.layouts import LAYOUTS, canonical
 from arabic_qwen.data.readers import Row
 from arabic_qwen.data.sources import read_rows
 from arabic_qwen.errors import ConfigurationError, DatasetError
@@ -145,14 +145,7 @@ class _Fixer:
         ]
         values, made = _repair_texts(values)
         changes += made
-        try:
-            row = self._read(values)
-        except RowError as error:
-            if error.code != "swapped_roles":
-                raise
-            values, made = _swap_roles(values)
-            changes += made
-            row = self._read(values)
+        row = self._read(values)
         if html_finding(_texts(row)):
             values, made = _repair_texts(values, html=True)
             changes += made
@@ -169,20 +162,6 @@ class _Fixer:
 
 def _texts(row: Conversation) -> list[str]:
     return [*(message["content"] for message in row.messages), *row.rejected]
-
-
-def _swap_roles(values: dict[str, Any]) -> tuple[dict[str, Any], list[Change]]:
-    other = {"user": "assistant", "assistant": "user"}
-    swapped, changes = dict(values), []
-    for column in MESSAGE_COLUMNS:
-        if are_messages(values.get(column)):
-            swapped[column] = [
-                {**message, key: other.get(role_of(message[key])[0] or "", message[key])}
-                for message in values[column]
-                for key in ["from" if "from" in message else "role"]
-            ]
-            changes.append(("swapped_roles", column, values[column], swapped[column]))
-    return swapped, changes
 
 
 def _repair_texts(values: dict[str, Any], html: bool = False) -> tuple[dict[str, Any], list[Change]]:

@@ -142,7 +142,7 @@ def check_turns(messages: list[Message]) -> None:
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if turns and turns == ["assistant", "user"] * (len(turns) // 2):
         raise RowError(
-            "starts with the assistant and does not end with an answer: user and assistant are swapped",
+            "starts with the assistant and ends with the user: the roles are swapped, or the answer is missing",
             "swapped_roles",
         )
     if turns[-1:] != ["assistant"]:
