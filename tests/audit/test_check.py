@@ -80,6 +80,16 @@ def test_clean_rows(tmp_path):
     assert audit.statistics.rows == 200
 
 
+def test_rows_that_differ_in_spelling_or_system_prompt_are_no_duplicates(tmp_path):
+    row = {"instruction": "ما عاصمة الأردن؟", "response": "عمّان هي العاصمة", "system": "أجب بإيجاز"}
+    others = [{**row, "system": "أجب بتفصيل"}, {**row, "response": "عمان هي العاصمه"}, {**row, "id": 3}]
+    findings = check([write(tmp_path / "a.jsonl", [row, *others])]).findings
+    assert [(finding.line, finding.code, finding.message) for finding in findings] == [
+        (3, "near_duplicate", "is the same but for spelling as line 1"),
+        (4, "duplicate", "is the same as line 1"),
+    ]
+
+
 def test_a_few_broken_words_are_a_warning(tmp_path):
     row = {"instruction": "ما الأمر؟", "response": "هذه جملة عربية سليمة طويلة ثم " + "كلمة".encode().decode("latin-1")}
     (finding,) = check([write(tmp_path / "a.jsonl", [row])]).findings

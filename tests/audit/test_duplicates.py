@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from arabic_qwen.audit.duplicates import SIMILAR, Duplicates, Text
+from arabic_qwen.audit.duplicates import SIMILAR, Duplicates, Text, exact_key
 
 WORDS = "كتاب مدرسة طريق بحر جبل مدينة قرية شمس قمر نجم ليل نهار ماء نار هواء تراب شجر زهر طير سمك خبز ملح سكر زيت"
 
@@ -16,7 +16,7 @@ def words(generator, number):
 def find(*files):
     duplicates = Duplicates()
     for number, rows in enumerate(files):
-        duplicates.add(number, [Text.of(*row) for row in rows])
+        duplicates.add(number, [Text.of(*row) for row in rows], [hash(row) % 2**64 for row in rows])
     pairs = [
         [(copy.row, copy.original, copy.similarity) for copy in found]
         for found in (duplicates.inside(), duplicates.across())
@@ -36,6 +36,17 @@ def test_spelling_variants_are_equal():
     )
     assert inside == [(2, 0, 1.0), (3, 0, 1.0)]
     assert across == []
+
+
+def test_only_rows_that_are_equal_to_the_letter_are_exact():
+    duplicates = Duplicates()
+    rows = [{"instruction": "ما عاصمة الأردن؟", "response": answer} for answer in ("عمّان", "عمان", "عمّان")]
+    duplicates.add(0, [Text.of(*row.values()) for row in rows], [exact_key({**row, "id": 7}) for row in rows])
+    assert {copy.row: copy.exact for copy in duplicates.inside()} == {1: False, 2: True}
+
+
+def test_the_white_space_of_code_matters():
+    assert find([("اشرح", "`a  b` نعم"), ("اشرح", "`a b` نعم"), ("اشرح", "`a b`  نعم")])[0] == [(2, 1, 1.0)]
 
 
 def test_across_files_the_prompt_is_enough():

@@ -102,6 +102,21 @@ def test_what_cannot_be_used_is_kept_beside(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"instruction": "ما عاصمه الاردن؟"},  # folded alike
+        {"system": "أجب بإيجاز"},
+        {"response": "```\nif x:\n  y()\nz()\n```"},
+    ],
+)
+def test_rows_that_are_nearly_the_same_are_kept(tmp_path, other):
+    row = {"instruction": "ما عاصمة الأردن؟", "response": "```\nif x:\n  y()\n  z()\n```"}
+    rows, _, dropped = fixed(tmp_path, row, {**row, **other}, row)
+    assert rows == [row, {**row, **other}]
+    assert dropped == {"duplicate": 1}
+
+
 def test_clean_rows_stay_and_nothing_else_is_written(tmp_path):
     row = {"instruction": "ما عاصمة الأردن؟", "response": "عمّان هي العاصمة، منذ ١٩٢١ (1446هـ) ﷺ 👨‍👩‍👧", "id": 7}
     rows, changes, dropped = fixed(tmp_path, row)

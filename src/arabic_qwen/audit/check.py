@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from arabic_qwen.audit.answer_checks import answer_findings, asked_dialect, nearly_equal, too_little_arabic
-from arabic_qwen.audit.duplicates import Duplicates
+from arabic_qwen.audit.duplicates import Duplicates, exact_key
 from arabic_qwen.audit.findings import CODES, Finding, Level
 from arabic_qwen.audit.rows import Conversation, known_method, method_of, read_row
 from arabic_qwen.audit.statistics import Statistics, row_texts
@@ -108,6 +108,7 @@ class _Doctor:
 
     def examine(self, batch: list[tuple[int, Row | BadRow]]) -> None:
         sound: list[tuple[int, str, Conversation]] = []  # (file, place, row)
+        keys = []
         for file, row in batch:
             self.audit.rows += 1
             self._order.setdefault(place_of(row.where)[0], len(self._order))
@@ -122,6 +123,7 @@ class _Doctor:
                 self._add(row.where, Found(error.code, str(error), _one_line(row.values)))
                 continue
             sound.append((file, row.where, conversation))
+            keys.append(exact_key(values))
             for found in [Found(code, CODES[code].title, _one_line(row.values)) for code in codes]:
                 self._add(row.where, found)
             for found in _findings(conversation):
@@ -129,7 +131,7 @@ class _Doctor:
         self._check_dialects(sound)
         self.audit.statistics.add([row_texts(row) for _, _, row in sound])
         self.audit.statistics.bad_rows += len(batch) - len(sound)
-        for file, group in itertools.groupby(sound, key=lambda item: item[0]):
+        for file, group in itertools.groupby(zip(sound, keys, strict=True), key=lambda item: item[0][0]):
             self._remember(file, list(group))
 
     def _check_dialects(self, rows: list[tuple[int, str, Conversation]]) -> None:
@@ -151,19 +153,24 @@ class _Doctor:
                 message = f"asks for {dialect}, the answer is {found} ({confidence:.0%} sure)"
                 self._add(where, Found("dialect_mismatch", message, around(answer, 0, 60)))
 
-    def _remember(self, file: int, rows: list[tuple[int, str, Conversation]]) -> None:
-        """For the search for duplicates."""
-        self._duplicates.add(file, [row.text() for _, _, row in rows])
-        self._places += [where for _, where, _ in rows]
-        self._beginnings += [around(row.question, 0, 40) for _, _, row in rows]
+    def _remember(self, file: int, rows: list[tuple[tuple[int, str, Conversation], int]]) -> None:
+        """For the search for duplicates: rows and their keys."""
+        self._duplicates.add(file, [row.text() for (_, _, row), _ in rows], [key for _, key in rows])
+        self._places += [where for (_, where, _), _ in rows]
+        self._beginnings += [around(row.question, 0, 40) for (_, _, row), _ in rows]
 
     def finish(self) -> Audit:
         for copies, suffix in ((self._duplicates.inside(), ""), (self._duplicates.across(), "_across_files")):
             for copy in copies:
-                code = ("near_duplicate" if 0 < copy.similarity < 1 else "duplicate") + suffix
-                likeness = {0.0: "has the prompt of", 1.0: "is the same as"}.get(
-                    copy.similarity, f"{copy.similarity:.0%} like"
-                )
+                if copy.exact:
+                    code, likeness = "duplicate", "is the same as"
+                elif copy.similarity == 0:
+                    code, likeness = "duplicate", "has the prompt of"
+                elif copy.similarity == 1:
+                    code, likeness = "near_duplicate", "is the same but for spelling as"
+                else:
+                    code, likeness = "near_duplicate", f"{copy.similarity:.0%} like"
+                code += suffix
                 message = f"{likeness} {_place(self._places[copy.original], self._places[copy.row])}"
                 self._add(self._places[copy.row], Found(code, message, self._beginnings[copy.row]))
         self.audit.findings.sort(key=lambda finding: (self._order[finding.file], finding.line))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasketch import MinHash
 
+from arabic_qwen.data.layouts import LAYOUTS
 from arabic_qwen.text.normalization import fold
+from arabic_qwen.text.spans import hide_spans, restore_spans
 
 #: Rows whose word trigrams have at least this Jaccard similarity, as their MinHash signatures estimate it.
 SIMILAR = 0.8
@@ -27,8 +30,17 @@ _CACHED_WORDS = 500_000
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xFF51AFD7ED558CCD], np.uint64)  # odd, so that no bit is lost
 
 
+#: Columns that training reads.
+COLUMNS = {name for layout in LAYOUTS for name in (*layout.columns, *layout.optional)}
+
+
+def exact_key(values: dict[str, Any]) -> int:
+    """Equal for rows of which training reads the same, to the letter; 64 bits. `values`: as `canonical` gives them."""
+    return _hash(json.dumps({name: values[name] for name in sorted(COLUMNS & values.keys())}, default=str))
+
+
 class Text(NamedTuple):
-    """What is compared of a row, folded: `Text.of` makes it."""
+    """What is compared of a row, folded outside code: `Text.of` makes it."""
 
     prompt: str
     answers: str
@@ -36,11 +48,16 @@ class Text(NamedTuple):
 
     @classmethod
     def of(cls, prompt: str, answers: str, kind: str = "") -> Text:
-        return cls(fold(prompt), fold(answers), kind)
+        return cls(_fold(prompt), _fold(answers), kind)
 
     def key(self) -> int:
         """Equal for equal rows; 64 bits."""
         return _hash("\0".join(self))
+
+
+def _fold(text: str) -> str:
+    prose, spans = hide_spans(text)
+    return restore_spans(fold(prose), spans)
 
 
 class Copy(NamedTuple):
@@ -49,6 +66,7 @@ class Copy(NamedTuple):
     row: int
     original: int
     similarity: float  # 1.0: equal after folding; 0.0: only the prompts are equal
+    exact: bool = False  # equal as they are
 
 
 class Duplicates:
@@ -59,7 +77,8 @@ class Duplicates:
 
     def __init__(self) -> None:
         self._files = array("H")
-        self._keys = array("Q")  # hash of the whole row
+        self._exact = array("Q")  # hash of the whole row as it is
+        self._keys = array("Q")  # hash of the whole row after folding
         self._prompts = array("Q")
         self._kinds = array("Q")
         self._signatures: list[
@@ -70,9 +89,10 @@ class Duplicates:
         self._templates = np.zeros(0, np.uint64)
         self._minhash = MinHash(num_perm=_PERMUTATIONS, hashfunc=int)
 
-    def add(self, file: int, rows: Sequence[Text]) -> None:
-        """Rows of a file."""
+    def add(self, file: int, rows: Sequence[Text], exact: Sequence[int]) -> None:
+        """Rows of a file, and their `exact_key`."""
         self._files.extend([file] * len(rows))
+        self._exact.extend(exact)
         self._keys.extend(map(Text.key, rows))
         self._prompts.extend(_hash(row.prompt) for row in rows)
         self._kinds.extend(_hash(row.kind) for row in rows)
@@ -123,13 +143,14 @@ class Duplicates:
         files = np.array(self._files)
         found: dict[int, Copy] = {}
 
-        def keep(pairs: Iterator[tuple[int, int]], similarity: float) -> None:
-            for row, original in pairs:
-                found.setdefault(row, Copy(row, original, similarity))
+        def keep(keys: array[int], similarity: float, exact: bool = False) -> None:
+            for row, original in _equal(np.array(keys), files, across):
+                found.setdefault(row, Copy(row, original, similarity, exact))
 
-        keep(_equal(np.array(self._keys), files, across), 1.0)
+        keep(self._exact, 1.0, exact=True)
+        keep(self._keys, 1.0)
         if across:
-            keep(_equal(np.array(self._prompts), files, across), 0.0)
+            keep(self._prompts, 0.0)
         for pair in self._similar(files, across):
             found.setdefault(pair.row, pair)
         return list(found.values())

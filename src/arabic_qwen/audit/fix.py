@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from arabic_qwen.audit.check import place_of
+from arabic_qwen.audit.duplicates import COLUMNS, exact_key
 from arabic_qwen.audit.findings import CODES
 from arabic_qwen.audit.rows import Conversation, known_method, method_of, read_row
 from arabic_qwen.audit.text_checks import HTML, TEMPLATE_TOKENS, html_finding
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.bad_rows import BadRow, RowError
-from arabic_qwen.data.layouts import LAYOUTS, canonical
+from arabic_qwen.data.layouts import canonical
 from arabic_qwen.data.readers import Row
 from arabic_qwen.data.sources import read_rows
 from arabic_qwen.errors import ConfigurationError, DatasetError
@@ -28,7 +29,6 @@ from arabic_qwen.text.normalization import normalize
 from arabic_qwen.text.rules import TRAIN
 from arabic_qwen.text.spans import hide_spans, restore_spans
 
-_TEXT_COLUMNS = {name for layout in LAYOUTS for name in (*layout.columns, *layout.optional)}
 # What some programs take for the end of a line.
 _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 _ROUNDS = 10  # what one repair leaves may need another: &lt;|im_end|&gt;
@@ -150,7 +150,7 @@ class _Fixer:
             values, made = _repair_texts(values, html=True)
             changes += made
             row = self._read(values)
-        key = row.text().key()
+        key = exact_key(canonical(values)[0])
         if key in self._seen:
             raise RowError("is the same as an earlier row", "duplicate")
         self._seen.add(key)
@@ -183,7 +183,7 @@ def _repair_texts(values: dict[str, Any], html: bool = False) -> tuple[dict[str,
             }
         return value
 
-    return {name: walk(value, name) if name in _TEXT_COLUMNS else value for name, value in values.items()}, changes
+    return {name: walk(value, name) if name in COLUMNS else value for name, value in values.items()}, changes
 
 
 def _repairs(text: str, html: bool) -> Iterator[tuple[str, str, str]]:

@@ -11,6 +11,7 @@ from arabic_qwen.data.conversations import Message, to_conversation
 from arabic_qwen.data.layouts import recognise
 from arabic_qwen.data.preferences import Preference, to_contrast, to_feedback, to_measured_pair, to_pair
 from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.text.normalization import fold
 
 _PREFERENCES: dict[str, Callable[[dict[str, Any]], Preference]] = {
     "dpo": to_pair,
@@ -39,9 +40,10 @@ class Conversation(NamedTuple):
         return self.messages[-1]["content"]
 
     def text(self) -> Text:
-        """What is compared to find duplicates: not the system prompt, which is often the same in all rows."""
+        """What is compared to find duplicates. Rows with different system prompts are of different kinds."""
+        system = self.messages[0]["content"] if self.messages[0]["role"] == "system" else ""
         before = "\n".join(message["content"] for message in self.messages[:-1] if message["role"] != "system")
-        kind = f"{self.learned} {asked_dialect(self.question)}"
+        kind = f"{self.learned} {asked_dialect(self.question)} {fold(system)}"
         return Text.of(before, "\n".join([self.answer, *self.rejected]), kind)
 
 
