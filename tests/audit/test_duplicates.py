@@ -78,6 +78,44 @@ def test_one_other_word_in_a_long_text_is_a_near_copy(length):
     assert SIMILAR <= similarity < 1 or abs(similarity - exact) < 0.1
 
 
+def near_copies(generator, number, prompt="اشرح."):
+    """One word of a hundred differs."""
+    text = words(generator, 100)
+    return [(prompt, " ".join([*text[:place], f"مختلف{place}", *text[place + 1 :]])) for place in range(number)]
+
+
+@pytest.mark.parametrize(("rows", "copies"), [(200, 30), (1000, 60), (2500, 99)])
+def test_many_near_copies_of_one_row_do_not_hide_each_other(rows, copies):
+    generator = random.Random(0)
+    cluster = near_copies(generator, copies)
+    others = [(f"سؤال {number}", " ".join(words(generator, 40))) for number in range(rows - copies)]
+    mixed = generator.sample(cluster + others, rows)
+    places = [place for place, row in enumerate(mixed) if row in cluster]
+    inside, _ = find(mixed)
+    found = {row for row, *_ in inside}
+    assert found <= set(places[1:]) and len(found) > 0.9 * copies
+
+
+def test_near_copies_that_are_asked_for_with_a_template_are_found():
+    generator = random.Random(0)
+    template = "أنت كاتب ماهر يكتب بالعربية الفصحى. اكتب قصة عن"
+    rows = [(f"{template} {word}", " ".join(words(generator, 60))) for word in words(generator, 60)]
+    rows += near_copies(generator, 2, f"{template} البحر")
+    assert [pair[:2] for pair in find(rows)[0]] == [(61, 60)]
+
+
+@pytest.mark.parametrize("batch", [1, 30, 999])
+def test_it_makes_no_difference_how_rows_are_added(batch):
+    generator = random.Random(0)
+    rows = [(f"ترجم إلى العربية: {' '.join(words(generator, 30))}", "نعم") for _ in range(1100)]
+    texts = [Text.of(*row) for row in [*rows, *near_copies(generator, 30)]]
+    whole, parts = Duplicates(), Duplicates()
+    whole.add(0, texts, range(len(texts)))
+    for start in range(0, len(texts), batch):
+        parts.add(0, texts[start : start + batch], range(len(texts))[start : start + batch])
+    assert whole.inside() == parts.inside() != []
+
+
 def test_near_copies_across_files():
     text = words(random.Random(0), 100)
     _, across = find([("اشرح.", " ".join(text))], [("وضّح.", " ".join(text))])

@@ -19,8 +19,9 @@ from arabic_qwen.text.spans import hide_spans, restore_spans
 SIMILAR = 0.8
 _PERMUTATIONS = 64
 _BANDS = 16  # of 4 values: two rows with similarity 0.8 share one with probability 1 - (1 - 0.8⁴)¹⁶ = 0.9998
-# Trigrams that so many rows of a batch share are a template ("ترجم إلى العربية: …"), which says nothing about a row.
-_TEMPLATE_SHARE, _TEMPLATE_ROWS = 0.05, 20
+# Trigrams that so many of these rows' prompts share are a template ("ترجم إلى العربية: …"), which says nothing about a
+# row. Answers have none: what many answers share makes them copies.
+_ROWS, _TEMPLATE_SHARE, _TEMPLATE_ROWS = 1000, 0.05, 20
 _FEWEST_TRIGRAMS = 20  # fewer have too little text for one other word not to be another question
 _ANSWER_BITS = 256
 _SIMILAR_ANSWERS = 0.6  # Jaccard similarity of the answers' words: one long text may be asked about twice
@@ -87,6 +88,7 @@ class Duplicates:
         self._answers: list[np.ndarray] = []  # bool, packed: [rows, _ANSWER_BITS / 8] a batch, the words by hash
         self._words: dict[str, int] = {}
         self._templates = np.zeros(0, np.uint64)
+        self._waiting: list[Text] = []  # for their signatures: always so many together, however rows are added
         self._minhash = MinHash(num_perm=_PERMUTATIONS, hashfunc=int)
 
     def add(self, file: int, rows: Sequence[Text], exact: Sequence[int]) -> None:
@@ -96,16 +98,23 @@ class Duplicates:
         self._keys.extend(map(Text.key, rows))
         self._prompts.extend(_hash(row.prompt) for row in rows)
         self._kinds.extend(_hash(row.kind) for row in rows)
+        self._waiting += rows
+        while len(self._waiting) >= _ROWS:
+            self._sign(self._waiting[:_ROWS])
+            del self._waiting[:_ROWS]
+
+    def _sign(self, rows: Sequence[Text]) -> None:
         answers = np.zeros((len(rows), _ANSWER_BITS), bool)
-        trigrams = []
+        asked, answered = [], []  # trigrams
         for number, row in enumerate(rows):
             said = self._ids(row.answers)
             answers[number, said % np.uint64(_ANSWER_BITS)] = True
-            trigrams.append(_trigrams(np.concatenate([self._ids(row.prompt), said])))
-        self._learn_templates(trigrams)
+            asked.append(_trigrams(self._ids(row.prompt)))
+            answered.append(_trigrams(said))
+        self._learn_templates(asked)
         signatures = np.zeros((len(rows), _PERMUTATIONS), np.uint32)
-        for number, grams in enumerate(trigrams):
-            own = grams[~np.isin(grams, self._templates)] if len(self._templates) else grams
+        for number, (prompt, answer) in enumerate(zip(asked, answered, strict=True)):
+            own = np.union1d(np.setdiff1d(prompt, self._templates, assume_unique=True), answer)
             if len(own) >= _FEWEST_TRIGRAMS:
                 self._minhash.clear()
                 self._minhash.update_batch(own.tolist())
@@ -126,7 +135,7 @@ class Duplicates:
         return ids
 
     def _learn_templates(self, rows: list[np.ndarray]) -> None:
-        distinct = {grams.tobytes(): grams for grams in rows}  # exact copies are no template
+        distinct = {grams.tobytes(): grams for grams in rows}  # equal prompts are no template
         grams, counts = np.unique(np.concatenate([*distinct.values(), self._templates[:0]]), return_counts=True)
         common = grams[counts >= max(_TEMPLATE_ROWS, _TEMPLATE_SHARE * len(rows))]
         self._templates = np.union1d(self._templates, common)
@@ -140,6 +149,8 @@ class Duplicates:
         return self._find(True)
 
     def _find(self, across: bool) -> list[Copy]:
+        self._sign(self._waiting)
+        self._waiting = []
         files = np.array(self._files)
         found: dict[int, Copy] = {}
 
