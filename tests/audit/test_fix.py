@@ -103,6 +103,18 @@ def test_what_cannot_be_used_is_kept_beside(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "نبدأ هكذا.\n### المدخلات:\nعددان\n### الإجابة:\nمجموعهما",
+        "### التعليمات:\nاجمع العددين\n### الاستجابة:\nمجموعهما",  # for a person to part
+    ],
+)
+def test_headings_in_the_middle_stay(tmp_path, text):
+    rows, changes, _ = fixed(tmp_path, {"instruction": "اشرح", "response": text})
+    assert (rows[0]["response"], changes) == (text, {})
+
+
+@pytest.mark.parametrize(
     "other",
     [
         {"instruction": "ما عاصمه الاردن؟"},  # folded alike

@@ -17,7 +17,7 @@ from arabic_qwen.audit.check import place_of
 from arabic_qwen.audit.duplicates import COLUMNS, exact_key
 from arabic_qwen.audit.findings import CODES
 from arabic_qwen.audit.rows import Conversation, known_method, method_of, read_row
-from arabic_qwen.audit.text_checks import HTML, TEMPLATE_TOKENS, html_finding
+from arabic_qwen.audit.text_checks import HTML, TEMPLATE_HEADING, TEMPLATE_TOKENS, WHOLE_TEMPLATE, html_finding
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.bad_rows import BadRow, RowError
 from arabic_qwen.data.layouts import canonical
@@ -205,6 +205,8 @@ def _outside_code(function: Callable[[str], str], text: str) -> str:
 
 def _remove_tokens(text: str) -> str:
     shorter = TEMPLATE_TOKENS.sub("", text)
+    if not WHOLE_TEMPLATE.search(shorter):
+        shorter = TEMPLATE_HEADING.sub("", shorter)
     return text if shorter == text else shorter.strip()
 
 

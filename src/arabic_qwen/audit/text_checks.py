@@ -39,17 +39,22 @@ _INVISIBLE = re.compile(f"[{INVISIBLE}]")
 _UNKNOWN = re.compile("<unk>|\\[UNK\\]|\ufffd")
 _SUSPECT = re.compile(f"[<&#\\[\ufffd{TATWEEL}{INVISIBLE}{''.join(map(re.escape, PRESENTATION))}]")
 
-# Control tokens of chat templates, and the headings of the Alpaca template. <s> is also HTML's strike-through, so it
-# counts at the ends of a text only.
+# Control tokens of chat templates. <s> is also HTML's strike-through, so it counts at the ends of a text only.
 TEMPLATE_TOKENS = re.compile(
     r"""
     <\|(?:im_start|im_end|endoftext|end_of_text|begin_of_text|start_header_id|end_header_id|eot_id|eom_id
         |system|user|assistant|end|endofprompt|prompter)\|>
   | </?(?:start_of_turn|end_of_turn|bos|eos)> | \[/?INST\] | <</?SYS>>
   | \A\s*<s> | </s>\s*\Z
-  | ^\#{2,3}[ ]*(?:Instruction|Response|Input|Human|Assistant|التعليمات|التعليمة|الاستجابة|الإجابة|المدخلات|المدخل|الرد)[ ]*:[ ]*$
     """,
-    re.VERBOSE | re.MULTILINE,
+    re.VERBOSE,
+)
+# Headings of the Alpaca template. They are ordinary Markdown too, but hardly at a text's beginning, nor a question and
+# its answer together.
+_ASKED, _ANSWERED = "Instruction|Human|التعليمات|التعليمة", "Response|Assistant|الاستجابة|الإجابة|الرد"
+TEMPLATE_HEADING = re.compile(rf"\A\s*\#{{2,3}} *(?:{_ASKED}|{_ANSWERED}|Input|المدخلات|المدخل) *: *$", re.MULTILINE)
+WHOLE_TEMPLATE = re.compile(
+    rf"^\#{{2,3}} *(?:{_ASKED}) *: *$.*?^\#{{2,3}} *(?:{_ANSWERED}) *: *$", re.MULTILINE | re.DOTALL
 )
 
 _LONG_TAGS = "div|span|strong|em|ul|ol|li|table|thead|tbody|tr|td|th|h[1-6]|img|font|center|blockquote|hr|br|script|style|ref|nowiki|iframe"
@@ -83,6 +88,8 @@ def text_findings(text: str, speaker: str) -> Iterator[Found]:
         ("bidi_controls", _INVISIBLE, "invisible characters in the {}, the first U+{:04X}"),
         ("unk_token", _UNKNOWN, "a character or word was lost in the {}"),
         ("template_tokens", TEMPLATE_TOKENS, "the {} holds a chat template's tokens"),
+        ("template_tokens", TEMPLATE_HEADING, "the {} begins with a chat template's heading"),
+        ("template_tokens", WHOLE_TEMPLATE, "the {} holds a chat template"),
     ):
         if match := pattern.search(prose):
             yield Found(code, message.format(speaker, ord(match[0][0])), around(prose, *match.span()))
