@@ -14,6 +14,7 @@ from arabic_qwen.errors import ConfigurationError, DatasetError
 from .planted import DEFECTS, FILES, write_planted
 
 FIXED = {code for code, kind in CODES.items() if kind.fixed}
+ESCAPED = {"html"}  # stays where it is escaped on purpose
 
 
 def write(path, rows):
@@ -100,6 +101,24 @@ def test_what_cannot_be_used_is_kept_beside(tmp_path):
         (3, "empty_answer", only_tokens),
         (4, "duplicate", {**good, "source": "مكرر"}),
     ]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("اكتب &lt;b&gt;نص&lt;/b&gt; للعريض", "اكتب &lt;b&gt;نص&lt;/b&gt; للعريض"),
+        ("اكتب &amp;lt; هنا", "اكتب &amp;lt; هنا"),
+        ("ينتهي هنا&nbsp;&lt;|im_end|&gt; دائمًا", "ينتهي هنا &lt;|im_end|&gt; دائمًا"),
+        ("<b>نعم</b> &lt;br&gt; لا", "**نعم** &lt;br&gt; لا"),
+        ("3 &lt; 5", "3 < 5"),
+        ("نعم <script>alert('<b>لا</b>')</script>", "نعم <script>alert('<b>لا</b>')</script>"),
+        ('صورة <img src="https://a.b/c.png"> ثم https://d.e', 'صورة <img src="https://a.b/c.png"> ثم https://d.e'),
+        ('<a href="https://a.b">`كود`</a> هنا', '<a href="https://a.b">`كود`</a> هنا'),
+    ],
+)
+def test_html_loses_no_content(tmp_path, before, after):
+    rows, _, _ = fixed(tmp_path, {"instruction": "اشرح", "response": before})
+    assert rows[0]["response"] == after
 
 
 @pytest.mark.parametrize(
@@ -192,5 +211,5 @@ def test_the_result_passes_the_check(tmp_path_factory, rows):
     repair = fix(file, folder / "out.jsonl")
     audit = check([str(folder / "out.jsonl")])
     assert audit.errors == 0
-    assert not set(audit.counts) & FIXED
+    assert not set(audit.counts) & FIXED - ESCAPED
     assert repair.written + repair.dropped.total() == repair.rows == len(rows) + 1

@@ -27,11 +27,11 @@ from arabic_qwen.errors import ConfigurationError, DatasetError
 from arabic_qwen.text.encoding import repair_mojibake
 from arabic_qwen.text.normalization import normalize
 from arabic_qwen.text.rules import TRAIN
-from arabic_qwen.text.spans import hide_spans, restore_spans
+from arabic_qwen.text.spans import PLACEHOLDER, hide_spans, restore_spans
 
 # What some programs take for the end of a line.
 _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
-_ROUNDS = 10  # what one repair leaves may need another: &lt;|im_end|&gt;
+_ROUNDS = 10  # what one repair leaves may need another: <|im_<|im_end|>end|>
 
 
 @dataclass
@@ -200,7 +200,8 @@ def _repairs(text: str, html: bool) -> Iterator[tuple[str, str, str]]:
 
 def _outside_code(function: Callable[[str], str], text: str) -> str:
     prose, spans = hide_spans(text)
-    return restore_spans(function(prose), spans)
+    changed = function(prose)
+    return restore_spans(changed, spans) if changed.count(PLACEHOLDER) == len(spans) else text
 
 
 def _remove_tokens(text: str) -> str:
@@ -211,7 +212,7 @@ def _remove_tokens(text: str) -> str:
 
 
 _ENTITIES = {"nbsp": " ", "rlm": "", "lrm": "", "zwnj": "", "zwj": ""}
-_PAIRED = re.compile(r"<(script|style)\b[^<>]*>.*?</\1>", re.DOTALL)
+_PROGRAM = re.compile(r"</?(?:script|style)\b")
 _LINK = re.compile(r"<a\s[^<>]*?href\s*=\s*[\"']([^\"'<>]*)[\"'][^<>]*>(.*?)</a>", re.DOTALL)
 _MARKDOWN = {"br": "\n", "hr": "\n---\n", "li": "\n- ", "/p": "\n\n", "/div": "\n", "/tr": "\n", "/td": " ", "/th": " "}
 _MARKDOWN |= dict.fromkeys(("b", "/b", "strong", "/strong"), "**") | dict.fromkeys(("i", "/i", "em", "/em"), "*")
@@ -219,21 +220,34 @@ _MARKDOWN |= {f"h{level}": "\n" + "#" * level + " " for level in range(1, 7)} | 
     f"/h{level}": "\n" for level in range(1, 7)
 }
 _NAME = re.compile(r"/?\w+")
+_ENTITY = re.compile(r"&#?\w+;")
 
 
 def _html_to_markdown(text: str) -> str:
-    from html import unescape
+    """Programs and style sheets are left as they are, and what is escaped because it would be HTML or a control token."""
 
     def convert(match: re.Match[str]) -> str:
         if match[0].startswith("&"):
-            return _ENTITIES.get(match[0][1:-1].lower(), unescape(match[0]).replace("\xa0", " "))
+            return match[0]
         name = _NAME.search(match[0])
         return _MARKDOWN.get(name[0], "") if name else ""
 
-    if not HTML.search(text):
+    def link(match: re.Match[str]) -> str:
+        return match[0] if PLACEHOLDER in match[2] else f"[{match[2]}]({match[1]})"  # code would change its place
+
+    if not HTML.search(text) or _PROGRAM.search(text):
         return text
-    text = _LINK.sub(r"[\2](\1)", _PAIRED.sub("", text))
-    return re.sub(r"\n{3,}", "\n\n", HTML.sub(convert, text)).strip()
+    escaped = re.sub(r"\n{3,}", "\n\n", HTML.sub(convert, _LINK.sub(link, text)))
+    plain = _ENTITY.sub(lambda match: _unescape(match[0]), escaped)
+    if HTML.search(plain) or TEMPLATE_TOKENS.search(plain):
+        plain = _ENTITY.sub(lambda match: match[0] if _unescape(match[0]) in "<>&" else _unescape(match[0]), escaped)
+    return plain.strip()
+
+
+def _unescape(entity: str) -> str:
+    from html import unescape
+
+    return _ENTITIES.get(entity[1:-1].lower(), unescape(entity).replace("\xa0", " "))
 
 
 def _only(rule: str) -> Callable[[str], str]:
