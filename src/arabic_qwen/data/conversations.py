@@ -14,9 +14,10 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 
 _NEEDED = " or ".join(" + ".join(layout.columns) for layout in LAYOUTS if "sft" in layout.methods)
 
-# Answers that are none, in the spelling of profile `compare`. Short, and without what may be an answer: لا, لا يوجد, NA.
+# Answers that are none, in the spelling of profile `compare`. Short, and without what may be an answer: لا, لا يوجد, NA,
+# and None, null, nan, undefined or - to a question about code or data.
 _PLACEHOLDERS = {
-    *("n/a", "nan", "null", "none", "todo", "tbd", "undefined", "placeholder", "...", "-", "--", "---"),
+    *("n/a", "todo", "tbd", "placeholder", "...", "--", "---"),
     *("lorem ipsum", "lorem ipsum dolor sit amet"),
     *("لا يوجد رد", "لا توجد اجابه", "لا توجد استجابه", "بدون اجابه", "بدون رد"),
     *(
@@ -25,6 +26,14 @@ _PLACEHOLDERS = {
         for opening, closing in ("[]", "<>", "{}")
     ),
 }
+_TO_BE_WRITTEN = re.compile(
+    r"""
+    (?:todo|tbd)\W+(?:write|add|fill|insert)\b.*\b(?:answer|response|output)
+  | (?:write|enter|insert|add|put)\ (?:your|the|an)\ (?:answer|response)\ here
+  | (?:ادخل|اكتب|ضع|اضف)\ (?:اجابت|الاجاب|جواب|الجواب|رد|الرد)\w{0,2}\ هنا
+    """,
+    re.VERBOSE,
+)
 _LONGEST_PLACEHOLDER = 40
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -132,7 +141,8 @@ def check_answer(text: str, place: str) -> None:
     if len(text) > _LONGEST_PLACEHOLDER:
         return
     folded = normalize(text, "compare").casefold()
-    if folded in _PLACEHOLDERS or folded.rstrip(" .!") in _PLACEHOLDERS:
+    bare = folded.strip(" .!()[]{}<>")
+    if folded in _PLACEHOLDERS or folded.rstrip(" .!") in _PLACEHOLDERS or _TO_BE_WRITTEN.fullmatch(bare):
         raise RowError(f"{place}: is a placeholder ({text.strip()}); write the answer", "placeholder_answer")
 
 
