@@ -103,6 +103,33 @@ def test_what_cannot_be_used_is_kept_beside(tmp_path):
     ]
 
 
+BROKEN = "العربية لغة جميلة".encode().decode("latin-1")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "أصلح النص:", "input": BROKEN, "output": "العربية لغة جميلة"},
+        {"instruction": f"ما ترميز هذا النص؟ {BROKEN}", "response": "UTF-8"},
+        {
+            "messages": [
+                {"role": "user", "content": f"صحح: {BROKEN}"},
+                {"role": "assistant", "content": "العربية لغة جميلة"},
+            ]
+        },
+    ],
+)
+def test_rows_about_encodings_stay(tmp_path, row):
+    rows, changes, _ = fixed(tmp_path, row)
+    assert (rows, changes) == ([row], {})
+    assert not check([str(tmp_path / "out.jsonl")]).findings
+
+
+def test_other_prompts_are_decoded(tmp_path):
+    rows, *_ = fixed(tmp_path, {"instruction": BROKEN, "response": "نعم"})
+    assert rows == [{"instruction": "العربية لغة جميلة", "response": "نعم"}]
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -13,7 +13,7 @@ from arabic_qwen.audit.duplicates import Duplicates, exact_key
 from arabic_qwen.audit.findings import CODES, Finding, Level
 from arabic_qwen.audit.rows import Conversation, known_method, method_of, read_row
 from arabic_qwen.audit.statistics import Statistics, row_texts
-from arabic_qwen.audit.text_checks import Found, around, html_finding, text_findings
+from arabic_qwen.audit.text_checks import Found, about_encoding, around, html_finding, text_findings
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.bad_rows import BadRow, RowError
 from arabic_qwen.data.layouts import canonical
@@ -192,8 +192,13 @@ def _findings(row: Conversation) -> Iterator[Found]:
 
 def _all_findings(row: Conversation) -> Iterator[Found]:
     texts = [message["content"] for message in row.messages]
+    prompts = [message["content"] for message in row.messages if message["role"] != "assistant"]
+    answers = [message["content"] for message in row.messages if message["role"] == "assistant"]
     for message in row.messages:
-        yield from text_findings(message["content"], _SPEAKERS[message["role"]])
+        for found in text_findings(message["content"], _SPEAKERS[message["role"]]):
+            meant = found.code == "mojibake" and message["role"] != "assistant" and about_encoding(prompts, answers)
+            if not meant:
+                yield found
     for answer in row.rejected:
         yield from text_findings(answer, "rejected answer")
     if html := html_finding([*texts, *row.rejected]):

@@ -17,10 +17,17 @@ from arabic_qwen.audit.check import place_of
 from arabic_qwen.audit.duplicates import COLUMNS, exact_key
 from arabic_qwen.audit.findings import CODES
 from arabic_qwen.audit.rows import Conversation, known_method, method_of, read_row
-from arabic_qwen.audit.text_checks import HTML, TEMPLATE_HEADING, TEMPLATE_TOKENS, WHOLE_TEMPLATE, html_finding
+from arabic_qwen.audit.text_checks import (
+    HTML,
+    TEMPLATE_HEADING,
+    TEMPLATE_TOKENS,
+    WHOLE_TEMPLATE,
+    about_encoding,
+    html_finding,
+)
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.bad_rows import BadRow, RowError
-from arabic_qwen.data.layouts import canonical
+from arabic_qwen.data.layouts import canonical, role_of
 from arabic_qwen.data.readers import Row
 from arabic_qwen.data.sources import read_rows
 from arabic_qwen.errors import ConfigurationError, DatasetError
@@ -29,6 +36,7 @@ from arabic_qwen.text.normalization import normalize
 from arabic_qwen.text.rules import TRAIN
 from arabic_qwen.text.spans import PLACEHOLDER, hide_spans, restore_spans
 
+_ANSWERS = {"response", "output", "completion", "targets", "chosen", "rejected", "hard_negatives"}
 # What some programs take for the end of a line.
 _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 _ROUNDS = 10  # what one repair leaves may need another: <|im_<|im_end|>end|>
@@ -167,31 +175,45 @@ def _texts(row: Conversation) -> list[str]:
 def _repair_texts(values: dict[str, Any], html: bool = False) -> tuple[dict[str, Any], list[Change]]:
     """The row with its texts repaired; `html`: HTML too."""
     changes: list[Change] = []
+    texts: list[tuple[bool, str]] = []  # whether it is an answer, and the text
+    _walk(values, lambda text, _, answer: texts.append((answer, text)))
+    meant = about_encoding([text for answer, text in texts if not answer], [text for answer, text in texts if answer])
 
-    def walk(value: Any, column: str) -> Any:
+    def repair(text: str, column: str, answer: bool) -> str:
+        left_out = {code for code, out in (("html", not html), ("mojibake", meant and not answer)) if out}
+        for code, before, after in _repairs(text, left_out):
+            changes.append((code, column, before, after))
+            text = after
+        return text
+
+    return _walk(values, repair), changes
+
+
+def _walk(values: dict[str, Any], visit: Callable[[str, str, bool], Any]) -> dict[str, Any]:
+    """The row with visit(text, column, whether it is an answer) instead of each text."""
+
+    def walk(value: Any, column: str, answer: bool) -> Any:
         if isinstance(value, str):
-            for code, before, after in _repairs(value, html):
-                changes.append((code, column, before, after))
-                value = after
-            return value
+            return visit(value, column, answer)
         if isinstance(value, list):
-            return [walk(item, f"{column}[{position}]") for position, item in enumerate(value)]
+            return [walk(item, f"{column}[{position}]", answer) for position, item in enumerate(value)]
         if isinstance(value, dict):
+            answer = role_of(str(value.get("from", value.get("role"))))[0] == "assistant"
             return {
-                key: walk(item, f"{column}.{key}") if key in ("content", "value") else item
+                key: walk(item, f"{column}.{key}", answer) if key in ("content", "value") else item
                 for key, item in value.items()
             }
         return value
 
-    return {name: walk(value, name) if name in COLUMNS else value for name, value in values.items()}, changes
+    return {name: walk(value, name, name in _ANSWERS) if name in COLUMNS else value for name, value in values.items()}
 
 
-def _repairs(text: str, html: bool) -> Iterator[tuple[str, str, str]]:
+def _repairs(text: str, left_out: set[str]) -> Iterator[tuple[str, str, str]]:
     """(code, before, after) of each repair of a text."""
     for _ in range(_ROUNDS):
         start = text
         for code, function in _STEPS:
-            if (code != "html" or html) and (after := function(text)) != text:
+            if code not in left_out and (after := function(text)) != text:
                 yield code, text, after
                 text = after
         if text == start:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from arabic_qwen.text.encoding import mojibake_share
+from arabic_qwen.text.encoding import mojibake_share, repair_mojibake
 from arabic_qwen.text.rules import INVISIBLE, MARKS, PRESENTATION, TATWEEL
 from arabic_qwen.text.spans import PLACEHOLDER, hide_spans
 
@@ -93,6 +93,22 @@ def text_findings(text: str, speaker: str) -> Iterator[Found]:
     ):
         if match := pattern.search(prose):
             yield Found(code, message.format(speaker, ord(match[0][0])), around(prose, *match.span()))
+
+
+_ENCODING = re.compile(
+    r"ترميز|يونيكود|encod|decod|charset|mojibake|unicode|\b(?:utf|latin|windows|iso)-?\d|\bcp-?125|\bascii\b",
+    re.IGNORECASE,
+)
+
+
+def about_encoding(prompts: Iterable[str], answers: Iterable[str]) -> bool:
+    """Whether wrongly decoded text in the prompts is meant: they ask about encodings, or the answer is the right text."""
+    question = "\n".join(prompts)
+    repaired = repair_mojibake(question)
+    return repaired != question and (
+        _ENCODING.search(question) is not None
+        or any(text.strip() in repaired and text.strip() not in question for text in answers)
+    )
 
 
 def html_finding(texts: list[str]) -> Found | None:

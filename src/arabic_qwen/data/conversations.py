@@ -127,17 +127,15 @@ def field_text(values: dict[str, Any], key: str, place: str = "", role: str = ""
         raise RowError(f"{place}{key}: must be text, found {'nothing' if text is None else type(text).__name__}")
     if not text.strip():
         raise RowError(f"{place}{key}: is empty", "empty_answer" if role == "assistant" else "broken_row")
-    if mojibake_share(text) > MOSTLY:
-        raise RowError(
-            f"{place}{key}: was read in a wrong encoding; `arabic-qwen data fix` decodes it again", "mojibake"
-        )
     if _SURROGATE.search(text):
         raise RowError(f"{place}{key}: has half of a surrogate pair (a broken \\u escape), which is no character")
     return text
 
 
 def check_answer(text: str, place: str) -> None:
-    """Raises RowError where an answer to learn is only a placeholder for one."""
+    """Raises RowError where an answer to learn is only a placeholder for one, or cannot be read."""
+    if mojibake_share(text) > MOSTLY:
+        raise RowError(f"{place}: was read in a wrong encoding; `arabic-qwen data fix` decodes it again", "mojibake")
     if len(text) > _LONGEST_PLACEHOLDER:
         return
     folded = normalize(text, "compare").casefold()
