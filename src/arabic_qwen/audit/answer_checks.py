@@ -49,6 +49,7 @@ _FOREIGN = {
     "Cyrillic": r"[\u0400-\u04ff]{2,}",  # a single letter is a symbol
 }
 _ANY_FOREIGN = re.compile("|".join(_FOREIGN.values()))
+_IN_BRACKETS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]|（[^（）]*）")  # where the original of a name stands
 
 
 def answer_findings(prompt: str, answer: str, context: str) -> Iterator[Found]:
@@ -66,7 +67,8 @@ def _script(asked: str, prompt: str, answer: str) -> Iterator[Found]:
     shares = script_shares(answer)
     arabic = shares.get("Arabic", 0.0)
     if arabic >= 0.5:
-        match = _ANY_FOREIGN.search(answer) if shares.keys() & _FOREIGN.keys() else None
+        bare = _IN_BRACKETS.sub(lambda match: " " * len(match[0]), answer)
+        match = _ANY_FOREIGN.search(bare) if shares.keys() & _FOREIGN.keys() else None
         if match and not _ANY_FOREIGN.search(asked):
             name = next(script for script, pattern in _FOREIGN.items() if re.match(pattern, match[0]))
             yield Found("wrong_script", f"{name} letters in an Arabic answer", around(answer, *match.span()))
@@ -136,6 +138,10 @@ def _refusal(asked: str, answer: str) -> Iterator[Found]:
 _TURN = re.compile(
     r"^[ \t*#]*(?:User|Human|Assistant|Instruction|المستخدم|المساعد|الإنسان|التعليمات)[ \t*]*:", re.MULTILINE
 )
+_NEXT_QUESTION = re.compile(r"^[ \t]*#{2,4}[ *]*(?:السؤال|Question)[ *]*:", re.MULTILINE)
+_ASKS_FOR_QUESTIONS = re.compile(
+    r"سوال|سؤال|اسئل|اختبار|امتحان|تمرين|تمارين|question|quiz|exam|exercise", re.IGNORECASE
+)
 _DIALOGUE = re.compile(
     r"حوار|محادث|دردش|سيناريو|مسرحي|مشهد|مقابل|dialog|conversation|chat|script|scene|interview|human|user|مستخدم|مساعد|روبوت",
     re.IGNORECASE,
@@ -150,8 +156,9 @@ def _leak(asked: str, prompt: str, answer: str) -> Iterator[Found]:
         if said.startswith(question) and len(said) > len(question) + 10:
             yield Found("prompt_leak", "the answer begins with the prompt", around(answer, 0, 60))
             return
-    if ":" in answer and (match := _TURN.search(answer)) and not _DIALOGUE.search(asked):
-        yield Found("prompt_leak", "the answer holds another turn", around(answer, *match.span()))
+    for turn, is_asked in ((_TURN, _DIALOGUE), (_NEXT_QUESTION, _ASKS_FOR_QUESTIONS)):
+        if ":" in answer and (match := turn.search(answer)) and not is_asked.search(asked):
+            yield Found("prompt_leak", "the answer holds another turn", around(answer, *match.span()))
 
 
 _PUNCTUATION = re.compile(r"(?<!\d)[^\w\s]|[^\w\s](?!\d)")  # not 3.5

@@ -51,7 +51,7 @@ def check(
 
     Args:
         files: named as in training: files, folders, hub ids, sample:sft.
-        method: training method whose rows they are; "": as the columns of the first row say, for each file.
+        method: training method whose rows they are; "": as the columns of each row say.
         keep: findings of each code that are kept; None: all. All are counted.
         watch: wraps the rows as they are read, for a progress bar.
 
@@ -89,7 +89,7 @@ class _Doctor:
     def __init__(self, audit: Audit, method: str, keep: int | None):
         self.audit = audit
         self._keep = keep
-        self._methods = dict.fromkeys(range(len(audit.files)), method)
+        self._method = method
         self._duplicates = Duplicates()
         self._places: list[str] = []  # of the rows in `_duplicates`, and how each begins
         self._beginnings: list[str] = []
@@ -115,10 +115,9 @@ class _Doctor:
             if isinstance(row, BadRow):
                 self._add(row.where, Found("broken_row", row.reason, _one_line(row.row)))
                 continue
-            self._methods[file] = self._methods[file] or method_of(row.values)
             try:
                 values, codes = canonical(row.values)
-                conversation = read_row(values, self._methods[file] or "sft")
+                conversation = read_row(values, self._method or method_of(values) or "sft")
             except RowError as error:
                 self._add(row.where, Found(error.code, str(error), _one_line(row.values)))
                 continue

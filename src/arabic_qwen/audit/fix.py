@@ -143,7 +143,6 @@ class _Fixer:
 
     def fix(self, given: dict[str, Any]) -> tuple[dict[str, Any], list[Change]]:
         """The repaired row and what was changed. Raises RowError where the row is to be left out."""
-        self._method = self._method or method_of(given)
         values, codes = canonical(given)
         values = values if codes else given  # a list of one answer is fine
         changes: list[Change] = [
@@ -165,7 +164,7 @@ class _Fixer:
         return values, changes
 
     def _read(self, values: dict[str, Any]) -> Conversation:
-        return read_row(values, self._method or "sft")
+        return read_row(values, self._method or method_of(values) or "sft")
 
 
 def _texts(row: Conversation) -> list[str]:
