@@ -1,6 +1,8 @@
 """Repairs: what is safe to repair is, nothing is lost, and the result passes the check."""
 
+import contextlib
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from arabic_qwen.audit.check import check
 from arabic_qwen.audit.findings import CODES
-from arabic_qwen.audit.fix import fix
+from arabic_qwen.audit.fix import AtomicFile, fix
 from arabic_qwen.errors import ConfigurationError, DatasetError
 
 from .planted import DEFECTS, FILES, write_planted
@@ -190,6 +192,22 @@ def test_nothing_is_overwritten(tmp_path, name):
         fix(file, tmp_path / "out.jsonl")
     assert (tmp_path / name).read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    row = {"instruction": "من؟", "response": "أنا"}
+    assert fixed(tmp_path, row)[0] == [row]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    with contextlib.ExitStack() as stack:
+        file = AtomicFile(tmp_path / "late.jsonl", stack)
+        (tmp_path / "late.jsonl").write_text("mine")
+        with pytest.raises(FileExistsError):
+            file.keep()
+    assert (tmp_path / "late.jsonl").read_text() == "mine"
 
 
 @pytest.mark.parametrize(("out", "reason"), [("out.csv", "ends in .jsonl"), ("none/out.jsonl", "there is no folder")])

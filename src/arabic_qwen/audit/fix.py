@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -127,7 +128,14 @@ class AtomicFile:
 
     def keep(self) -> Path:
         self._file.close()
-        os.link(self._temporary, self._path)  # fails where the name exists by now
+        try:
+            os.link(self._temporary, self._path)  # fails where the name exists by now
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            if os.path.lexists(self._path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self._path)) from None
+            self._temporary.replace(self._path)
         return self._path
 
 
