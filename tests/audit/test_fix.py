@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from arabic_qwen.audit.check import check
 from arabic_qwen.audit.findings import CODES
 from arabic_qwen.audit.fix import AtomicFile, fix
 from arabic_qwen.errors import ConfigurationError, DatasetError
+from arabic_qwen.text.encoding import repair_mojibake
 
 from .planted import DEFECTS, FILES, write_planted
 
@@ -238,6 +240,39 @@ def test_planted_defects(tmp_path, standard_only, name):
     assert repair.written + repair.dropped.total() == repair.rows
 
 
+SOUND = st.lists(
+    st.sampled_from(
+        [
+            "مرحبا", "عَمّان", "١٩٢١", "1446هـ", "ﷺ", "👨‍👩‍👧", "چان", "لماذا؟", "«نعم»،", "GPT-4", "a < b", "`x = 1`", "None",
+            "```python\nif x:\n    y()\n```", "https://x.y/ـ", "### الإجابة:", "**مهم**", "- ", "\n", "3.5", "(Лев)", "R&D",
+        ]
+    ),
+    min_size=1,
+    max_size=8,
+).map(lambda pieces: f"قال {' '.join(pieces)} نعم")  # fmt: skip
+
+
+def layouts_of(number, question, answer):
+    """Rows that differ by their number."""
+    question = f"السؤال {number}: {question}"
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [
+        {"instruction": question, "input": answer, "output": answer, "system": "أجب", "id": number},
+        {"messages": turns, "source": "كتـاب"},
+        {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]},
+        {"prompt": question, "chosen": answer, "rejected": [f"لا، {answer}", f"كلا، {answer}"]},
+        {"prompt": question, "completion": answer, "label": False},
+    ]
+
+
+@settings(max_examples=40)
+@given(texts=st.lists(st.tuples(SOUND, SOUND), min_size=1, max_size=3))
+def test_sound_rows_stay_as_they_are(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("fix")
+    rows = [row for number, pair in enumerate(texts) for row in layouts_of(number, *pair)]
+    assert fixed(folder, *rows) == (rows, {}, {})
+
+
 PIECES = st.sampled_from(
     [
         "مرحبا", "مـرحبا", "ﻣﺮﺣﺒﺎ", "\u200f", "\u200d", "<|im_end|>", "<|im_<|im_end|>end|>", "&lt;", "&amp;", "lt;", "|im_end|&gt;", "<p>",
@@ -247,14 +282,22 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 
 
+def letters(text):
+    """The Arabic letters that are to be kept: without tatweel and tags, decoded."""
+    plain = unicodedata.normalize("NFKD", repair_mojibake(text))
+    return "".join(char for char in plain if "\u0620" <= char <= "\u064a" and char != "\u0640")
+
+
 @settings(max_examples=60)
 @given(rows=st.lists(st.tuples(*[st.lists(PIECES, min_size=1, max_size=8).map("".join)] * 2), min_size=1, max_size=5))
 def test_the_result_passes_the_check(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("fix")
     good = {"instruction": "ما عاصمة الأردن؟", "response": "عمّان"}
-    file = write(folder / "in.jsonl", [good, *({"instruction": a, "response": b} for a, b in rows)])
+    file = write(folder / "in.jsonl", [good, *({"instruction": a, "response": b, "kept": b} for a, b in rows)])
     repair = fix(file, folder / "out.jsonl")
     audit = check([str(folder / "out.jsonl")])
     assert audit.errors == 0
     assert not set(audit.counts) & FIXED - ESCAPED
     assert repair.written + repair.dropped.total() == repair.rows == len(rows) + 1
+    for row in read(folder / "out.jsonl")[1:]:
+        assert letters(row["kept"]) == letters(row["response"])
