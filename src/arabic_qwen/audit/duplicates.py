@@ -27,7 +27,7 @@ _ANSWER_BITS = 256
 _SIMILAR_ANSWERS = 0.6  # Jaccard similarity of the answers' words: one long text may be asked about twice
 
 
-_CACHED_WORDS = 500_000
+_CACHED_WORDS = 100_000
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xFF51AFD7ED558CCD], np.uint64)  # odd, so that no bit is lost
 
 
