@@ -240,7 +240,7 @@ BAD_ROWS = {
     "sft: swapped roles": (
         "sft",
         {"messages": [{"role": "assistant", "content": "ج"}, TURN]},
-        ["user and assistant are swapped"],
+        ["the roles are swapped"],
     ),
     "sft: broken list in a text": (
         "sft",

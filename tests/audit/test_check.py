@@ -7,6 +7,7 @@ import pytest
 
 from arabic_qwen.audit.check import check, place_of
 from arabic_qwen.audit.findings import CODES
+from arabic_qwen.audit.fix import fix
 from arabic_qwen.config import METHOD_CONFIGS
 from arabic_qwen.data.sources import SAMPLES
 from arabic_qwen.data.templates import set_template
@@ -80,6 +81,16 @@ def test_clean_rows(tmp_path):
     assert audit.statistics.rows == 200
 
 
+def test_rows_that_differ_in_spelling_or_system_prompt_are_no_duplicates(tmp_path):
+    row = {"instruction": "ما عاصمة الأردن؟", "response": "عمّان هي العاصمة", "system": "أجب بإيجاز"}
+    others = [{**row, "system": "أجب بتفصيل"}, {**row, "response": "عمان هي العاصمه"}, {**row, "id": 3}]
+    findings = check([write(tmp_path / "a.jsonl", [row, *others])]).findings
+    assert [(finding.line, finding.code, finding.message) for finding in findings] == [
+        (3, "near_duplicate", "is the same but for spelling as line 1"),
+        (4, "duplicate", "is the same as line 1"),
+    ]
+
+
 def test_a_few_broken_words_are_a_warning(tmp_path):
     row = {"instruction": "ما الأمر؟", "response": "هذه جملة عربية سليمة طويلة ثم " + "كلمة".encode().decode("latin-1")}
     (finding,) = check([write(tmp_path / "a.jsonl", [row])]).findings
@@ -95,6 +106,15 @@ def test_the_method_decides_what_is_an_error(tmp_path):
     assert check([file], "dpo").counts == {"broken_row": 1}
     with pytest.raises(ConfigurationError, match="--method ppo: unknown method; choose one of sft, dpo"):
         check([file], "ppo")
+
+
+def test_each_row_has_its_own_method(tmp_path):
+    pair = {"prompt": "ما عاصمة الأردن؟", "chosen": "عمّان", "rejected": "إربد"}
+    broken, row = {"text": "نص"}, {"instruction": "ما لون السماء؟", "response": "أزرق"}
+    for name, rows in (("a", [broken, pair, row]), ("b", [row, pair])):
+        file = write(tmp_path / f"{name}.jsonl", rows)
+        assert check([file]).counts.total() == len(rows) - 2
+        assert fix(file, tmp_path / f"{name}.out.jsonl").written == 2
 
 
 def test_an_undesirable_answer_may_be_bad(tmp_path):

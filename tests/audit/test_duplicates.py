@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from arabic_qwen.audit.duplicates import SIMILAR, Duplicates, Text
+from arabic_qwen.audit.duplicates import SIMILAR, Duplicates, Text, exact_key
 
 WORDS = "كتاب مدرسة طريق بحر جبل مدينة قرية شمس قمر نجم ليل نهار ماء نار هواء تراب شجر زهر طير سمك خبز ملح سكر زيت"
 
@@ -16,7 +16,7 @@ def words(generator, number):
 def find(*files):
     duplicates = Duplicates()
     for number, rows in enumerate(files):
-        duplicates.add(number, [Text.of(*row) for row in rows])
+        duplicates.add(number, [Text.of(*row) for row in rows], [hash(row) % 2**64 for row in rows])
     pairs = [
         [(copy.row, copy.original, copy.similarity) for copy in found]
         for found in (duplicates.inside(), duplicates.across())
@@ -36,6 +36,17 @@ def test_spelling_variants_are_equal():
     )
     assert inside == [(2, 0, 1.0), (3, 0, 1.0)]
     assert across == []
+
+
+def test_only_rows_that_are_equal_to_the_letter_are_exact():
+    duplicates = Duplicates()
+    rows = [{"instruction": "ما عاصمة الأردن؟", "response": answer} for answer in ("عمّان", "عمان", "عمّان")]
+    duplicates.add(0, [Text.of(*row.values()) for row in rows], [exact_key({**row, "id": 7}) for row in rows])
+    assert {copy.row: copy.exact for copy in duplicates.inside()} == {1: False, 2: True}
+
+
+def test_the_white_space_of_code_matters():
+    assert find([("اشرح", "`a  b` نعم"), ("اشرح", "`a b` نعم"), ("اشرح", "`a b`  نعم")])[0] == [(2, 1, 1.0)]
 
 
 def test_across_files_the_prompt_is_enough():
@@ -65,6 +76,44 @@ def test_one_other_word_in_a_long_text_is_a_near_copy(length):
     assert (row, original) == (2, 0)
     exact = (length - 3) / (length + 3)
     assert SIMILAR <= similarity < 1 or abs(similarity - exact) < 0.1
+
+
+def near_copies(generator, number, prompt="اشرح."):
+    """One word of a hundred differs."""
+    text = words(generator, 100)
+    return [(prompt, " ".join([*text[:place], f"مختلف{place}", *text[place + 1 :]])) for place in range(number)]
+
+
+@pytest.mark.parametrize(("rows", "copies"), [(200, 30), (1000, 60), (2500, 99)])
+def test_many_near_copies_of_one_row_do_not_hide_each_other(rows, copies):
+    generator = random.Random(0)
+    cluster = near_copies(generator, copies)
+    others = [(f"سؤال {number}", " ".join(words(generator, 40))) for number in range(rows - copies)]
+    mixed = generator.sample(cluster + others, rows)
+    places = [place for place, row in enumerate(mixed) if row in cluster]
+    inside, _ = find(mixed)
+    found = {row for row, *_ in inside}
+    assert found <= set(places[1:]) and len(found) > 0.9 * copies
+
+
+def test_near_copies_that_are_asked_for_with_a_template_are_found():
+    generator = random.Random(0)
+    template = "أنت كاتب ماهر يكتب بالعربية الفصحى. اكتب قصة عن"
+    rows = [(f"{template} {word}", " ".join(words(generator, 60))) for word in words(generator, 60)]
+    rows += near_copies(generator, 2, f"{template} البحر")
+    assert [pair[:2] for pair in find(rows)[0]] == [(61, 60)]
+
+
+@pytest.mark.parametrize("batch", [1, 30, 999])
+def test_it_makes_no_difference_how_rows_are_added(batch):
+    generator = random.Random(0)
+    rows = [(f"ترجم إلى العربية: {' '.join(words(generator, 30))}", "نعم") for _ in range(1100)]
+    texts = [Text.of(*row) for row in [*rows, *near_copies(generator, 30)]]
+    whole, parts = Duplicates(), Duplicates()
+    whole.add(0, texts, range(len(texts)))
+    for start in range(0, len(texts), batch):
+        parts.add(0, texts[start : start + batch], range(len(texts))[start : start + batch])
+    assert whole.inside() == parts.inside() != []
 
 
 def test_near_copies_across_files():

@@ -1,6 +1,9 @@
 """Repairs: what is safe to repair is, nothing is lost, and the result passes the check."""
 
+import contextlib
 import json
+import os
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
@@ -8,12 +11,14 @@ from hypothesis import strategies as st
 
 from arabic_qwen.audit.check import check
 from arabic_qwen.audit.findings import CODES
-from arabic_qwen.audit.fix import fix
+from arabic_qwen.audit.fix import AtomicFile, fix
 from arabic_qwen.errors import ConfigurationError, DatasetError
+from arabic_qwen.text.encoding import repair_mojibake
 
 from .planted import DEFECTS, FILES, write_planted
 
 FIXED = {code for code, kind in CODES.items() if kind.fixed}
+ESCAPED = {"html"}  # stays where it is escaped on purpose
 
 
 def write(path, rows):
@@ -81,12 +86,11 @@ def test_messages_keep_their_layout(tmp_path):
     ]
 
 
-def test_swapped_roles(tmp_path):
-    rows, changes, _ = fixed(
-        tmp_path, {"messages": [{"role": "assistant", "content": "من؟"}, {"role": "user", "content": "أنا"}]}
-    )
-    assert rows == [{"messages": [{"role": "user", "content": "من؟"}, {"role": "assistant", "content": "أنا"}]}]
-    assert changes == {"swapped_roles": 1}
+def test_a_greeting_and_a_request_are_not_swapped(tmp_path):
+    turns = [("assistant", "مرحبًا، كيف أساعدك؟"), ("user", "اكتب قصيدة عن البحر")]
+    greeting = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    _, changes, dropped = fixed(tmp_path, greeting, {"instruction": "من؟", "response": "أنا"})
+    assert (changes, dropped) == ({}, {"swapped_roles": 1})
 
 
 def test_what_cannot_be_used_is_kept_beside(tmp_path):
@@ -101,6 +105,78 @@ def test_what_cannot_be_used_is_kept_beside(tmp_path):
         (3, "empty_answer", only_tokens),
         (4, "duplicate", {**good, "source": "مكرر"}),
     ]
+
+
+BROKEN = "العربية لغة جميلة".encode().decode("latin-1")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "أصلح النص:", "input": BROKEN, "output": "العربية لغة جميلة"},
+        {"instruction": f"ما ترميز هذا النص؟ {BROKEN}", "response": "UTF-8"},
+        {
+            "messages": [
+                {"role": "user", "content": f"صحح: {BROKEN}"},
+                {"role": "assistant", "content": "العربية لغة جميلة"},
+            ]
+        },
+    ],
+)
+def test_rows_about_encodings_stay(tmp_path, row):
+    rows, changes, _ = fixed(tmp_path, row)
+    assert (rows, changes) == ([row], {})
+    assert not check([str(tmp_path / "out.jsonl")]).findings
+
+
+def test_other_prompts_are_decoded(tmp_path):
+    rows, *_ = fixed(tmp_path, {"instruction": BROKEN, "response": "نعم"})
+    assert rows == [{"instruction": "العربية لغة جميلة", "response": "نعم"}]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("اكتب &lt;b&gt;نص&lt;/b&gt; للعريض", "اكتب &lt;b&gt;نص&lt;/b&gt; للعريض"),
+        ("اكتب &amp;lt; هنا", "اكتب &amp;lt; هنا"),
+        ("ينتهي هنا&nbsp;&lt;|im_end|&gt; دائمًا", "ينتهي هنا &lt;|im_end|&gt; دائمًا"),
+        ("<b>نعم</b> &lt;br&gt; لا", "**نعم** &lt;br&gt; لا"),
+        ("3 &lt; 5", "3 < 5"),
+        ("نعم <script>alert('<b>لا</b>')</script>", "نعم <script>alert('<b>لا</b>')</script>"),
+        ('صورة <img src="https://a.b/c.png"> ثم https://d.e', 'صورة <img src="https://a.b/c.png"> ثم https://d.e'),
+        ('<a href="https://a.b">`كود`</a> هنا', '<a href="https://a.b">`كود`</a> هنا'),
+    ],
+)
+def test_html_loses_no_content(tmp_path, before, after):
+    rows, _, _ = fixed(tmp_path, {"instruction": "اشرح", "response": before})
+    assert rows[0]["response"] == after
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "نبدأ هكذا.\n### المدخلات:\nعددان\n### الإجابة:\nمجموعهما",
+        "### التعليمات:\nاجمع العددين\n### الاستجابة:\nمجموعهما",  # for a person to part
+    ],
+)
+def test_headings_in_the_middle_stay(tmp_path, text):
+    rows, changes, _ = fixed(tmp_path, {"instruction": "اشرح", "response": text})
+    assert (rows[0]["response"], changes) == (text, {})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"instruction": "ما عاصمه الاردن؟"},  # folded alike
+        {"system": "أجب بإيجاز"},
+        {"response": "```\nif x:\n  y()\nz()\n```"},
+    ],
+)
+def test_rows_that_are_nearly_the_same_are_kept(tmp_path, other):
+    row = {"instruction": "ما عاصمة الأردن؟", "response": "```\nif x:\n  y()\n  z()\n```"}
+    rows, _, dropped = fixed(tmp_path, row, {**row, **other}, row)
+    assert rows == [row, {**row, **other}]
+    assert dropped == {"duplicate": 1}
 
 
 def test_clean_rows_stay_and_nothing_else_is_written(tmp_path):
@@ -118,6 +194,22 @@ def test_nothing_is_overwritten(tmp_path, name):
         fix(file, tmp_path / "out.jsonl")
     assert (tmp_path / name).read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    row = {"instruction": "من؟", "response": "أنا"}
+    assert fixed(tmp_path, row)[0] == [row]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    with contextlib.ExitStack() as stack:
+        file = AtomicFile(tmp_path / "late.jsonl", stack)
+        (tmp_path / "late.jsonl").write_text("mine")
+        with pytest.raises(FileExistsError):
+            file.keep()
+    assert (tmp_path / "late.jsonl").read_text() == "mine"
 
 
 @pytest.mark.parametrize(("out", "reason"), [("out.csv", "ends in .jsonl"), ("none/out.jsonl", "there is no folder")])
@@ -148,6 +240,39 @@ def test_planted_defects(tmp_path, standard_only, name):
     assert repair.written + repair.dropped.total() == repair.rows
 
 
+SOUND = st.lists(
+    st.sampled_from(
+        [
+            "مرحبا", "عَمّان", "١٩٢١", "1446هـ", "ﷺ", "👨‍👩‍👧", "چان", "لماذا؟", "«نعم»،", "GPT-4", "a < b", "`x = 1`", "None",
+            "```python\nif x:\n    y()\n```", "https://x.y/ـ", "### الإجابة:", "**مهم**", "- ", "\n", "3.5", "(Лев)", "R&D",
+        ]
+    ),
+    min_size=1,
+    max_size=8,
+).map(lambda pieces: f"قال {' '.join(pieces)} نعم")  # fmt: skip
+
+
+def layouts_of(number, question, answer):
+    """Rows that differ by their number."""
+    question = f"السؤال {number}: {question}"
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [
+        {"instruction": question, "input": answer, "output": answer, "system": "أجب", "id": number},
+        {"messages": turns, "source": "كتـاب"},
+        {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]},
+        {"prompt": question, "chosen": answer, "rejected": [f"لا، {answer}", f"كلا، {answer}"]},
+        {"prompt": question, "completion": answer, "label": False},
+    ]
+
+
+@settings(max_examples=40)
+@given(texts=st.lists(st.tuples(SOUND, SOUND), min_size=1, max_size=3))
+def test_sound_rows_stay_as_they_are(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("fix")
+    rows = [row for number, pair in enumerate(texts) for row in layouts_of(number, *pair)]
+    assert fixed(folder, *rows) == (rows, {}, {})
+
+
 PIECES = st.sampled_from(
     [
         "مرحبا", "مـرحبا", "ﻣﺮﺣﺒﺎ", "\u200f", "\u200d", "<|im_end|>", "<|im_<|im_end|>end|>", "&lt;", "&amp;", "lt;", "|im_end|&gt;", "<p>",
@@ -157,14 +282,22 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 
 
+def letters(text):
+    """The Arabic letters that are to be kept: without tatweel and tags, decoded."""
+    plain = unicodedata.normalize("NFKD", repair_mojibake(text))
+    return "".join(char for char in plain if "\u0620" <= char <= "\u064a" and char != "\u0640")
+
+
 @settings(max_examples=60)
 @given(rows=st.lists(st.tuples(*[st.lists(PIECES, min_size=1, max_size=8).map("".join)] * 2), min_size=1, max_size=5))
 def test_the_result_passes_the_check(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("fix")
     good = {"instruction": "ما عاصمة الأردن؟", "response": "عمّان"}
-    file = write(folder / "in.jsonl", [good, *({"instruction": a, "response": b} for a, b in rows)])
+    file = write(folder / "in.jsonl", [good, *({"instruction": a, "response": b, "kept": b} for a, b in rows)])
     repair = fix(file, folder / "out.jsonl")
     audit = check([str(folder / "out.jsonl")])
     assert audit.errors == 0
-    assert not set(audit.counts) & FIXED
+    assert not set(audit.counts) & FIXED - ESCAPED
     assert repair.written + repair.dropped.total() == repair.rows == len(rows) + 1
+    for row in read(folder / "out.jsonl")[1:]:
+        assert letters(row["kept"]) == letters(row["response"])

@@ -187,3 +187,4 @@ def test_text_in_a_wrong_encoding_is_a_bad_row():
     with pytest.raises(RowError, match="response: was read in a wrong encoding") as raised:
         to_conversation({"instruction": "ما العربية؟", "response": broken})
     assert raised.value.code == "mojibake"
+    assert to_conversation({"instruction": f"أصلح: {broken}", "response": "العربية لغة جميلة"})

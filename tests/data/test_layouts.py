@@ -185,12 +185,21 @@ CODED = {
         {"conversations": [{"from": "المستخدم", "value": "س"}, {"from": "المساعد", "value": ""}]},
     ],
     "placeholder_answer": [
-        *({"instruction": "س", "output": text} for text in ("N/A", "NaN", " null. ", "None", "TODO", "...", "…", "—")),
+        *({"instruction": "س", "output": text} for text in ("N/A", " tbd. ", "TODO", "...", "…", "--")),
         *(
             {"inputs": "س", "targets": text}
-            for text in ("لا يوجد رد", "[إجابة]", "<answer>", "[الإجابة].", "Lorem ipsum")
+            for text in (
+                "لا يوجد رد",
+                "أدخل إجابتك هنا",
+                "[اكتب الإجابة هنا]",
+                "TODO: write answer",
+                "[إجابة]",
+                "<answer>",
+                "[الإجابة].",
+                "Lorem ipsum",
+            )
         ),
-        {"prompt": "س", "chosen": "null", "rejected": "لا"},
+        {"prompt": "س", "chosen": "n/a", "rejected": "لا"},
         {"prompt": "س", "completion": "TODO", "label": 1},
         {"messages": [USER, {"role": "assistant", "content": "n/a"}, *turns()]},
     ],
@@ -220,7 +229,27 @@ def test_codes_of_row_errors(code, row):
 
 
 @pytest.mark.parametrize(
-    "answer", ["لا", "لا يوجد", "نعم.", "42", "Na", "؟", "+", "👍", "لا أحد", "None of them", "[1, 2]"]
+    "answer",
+    [
+        "None",
+        "null",
+        "NaN",
+        "undefined",
+        "-",
+        "TODO: add tests",
+        "اكتب اسمك هنا",
+        "لا",
+        "لا يوجد",
+        "نعم.",
+        "42",
+        "Na",
+        "؟",
+        "+",
+        "👍",
+        "لا أحد",
+        "None of them",
+        "[1, 2]",
+    ],
 )
 def test_short_answers_are_answers(answer):
     assert to_conversation({"instruction": "س", "response": answer})[-1]["content"] == answer

@@ -62,3 +62,25 @@ def test_arabic_text_is_never_taken_for_mojibake(text):
 def test_what_was_broken_comes_back(text, read):
     broken = as_browsers_read(("العربية " + text).encode(), read)
     assert repair_mojibake(broken) == "العربية " + text
+
+
+CLEAN = st.lists(
+    st.text("ابتثجحخدذرزسشصضطظعغفقكلمنهويىةءأإؤئ", min_size=2, max_size=7).flatmap(
+        lambda word: st.sampled_from([word, f"{word}؟", f"{word}،", f"{word}؛", f"«{word}»", f"{word}»،", "café", "3"])
+    ),
+    max_size=6,
+).map(" ".join)
+
+
+@given(before=CLEAN, broken=CLEAN, after=CLEAN, read=st.sampled_from(["cp1252", "cp1256"]))
+def test_sound_text_around_a_broken_run_stays(before, broken, after, read):
+    broken = f"العربية {broken.replace('é', 'e')}".strip()
+    text = f"{before} {as_browsers_read(broken.encode(), read)} {after}"
+    assert repair_mojibake(text) == f"{before} {broken} {after}"
+
+
+def test_sound_pairs_do_not_count():
+    sound = "هل هذا شرط؟ لا، بل هو مبدأ؛ لماذا؟"
+    broken = as_browsers_read("العربية".encode(), "cp1256")
+    assert repair_mojibake(f"{sound} {broken} {sound}") == f"{sound} العربية {sound}"
+    assert mojibake_share(f"{broken} {sound}") == len(broken) / len((broken + sound).replace(" ", ""))

@@ -127,6 +127,10 @@ def _refusal(asked: str, answer: str) -> Iterator[Found]:
 _TURN = re.compile(
     r"^[ \t*#]*(?:User|Human|Assistant|Instruction|المستخدم|المساعد|الإنسان|التعليمات)[ \t*]*:", re.MULTILINE
 )
+_NEXT_QUESTION = re.compile(r"^[ \t]*#{2,4}[ *]*(?:السؤال|Question)[ *]*:", re.MULTILINE)
+_ASKS_FOR_QUESTIONS = re.compile(
+    r"سوال|سؤال|اسئل|اختبار|امتحان|تمرين|تمارين|question|quiz|exam|exercise", re.IGNORECASE
+)
 _DIALOGUE = re.compile(
     r"حوار|محادث|دردش|سيناريو|مسرحي|مشهد|مقابل|dialog|conversation|chat|script|scene|interview|human|user|مستخدم|مساعد|روبوت",
     re.IGNORECASE,
@@ -141,8 +145,9 @@ def _leak(asked: str, prompt: str, answer: str) -> Iterator[Found]:
         if said.startswith(question) and len(said) > len(question) + 10:
             yield Found("prompt_leak", "the answer begins with the prompt", around(answer, 0, 60))
             return
-    if ":" in answer and (match := _TURN.search(answer)) and not _DIALOGUE.search(asked):
-        yield Found("prompt_leak", "the answer holds another turn", around(answer, *match.span()))
+    for turn, is_asked in ((_TURN, _DIALOGUE), (_NEXT_QUESTION, _ASKS_FOR_QUESTIONS)):
+        if ":" in answer and (match := turn.search(answer)) and not is_asked.search(asked):
+            yield Found("prompt_leak", "the answer holds another turn", around(answer, *match.span()))
 
 
 _PUNCTUATION = re.compile(r"(?<!\d)[^\w\s]|[^\w\s](?!\d)")  # not 3.5

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from arabic_qwen.audit.answer_checks import answer_findings, asked_dialect, nearly_equal, too_little_arabic
-from arabic_qwen.audit.duplicates import Duplicates
+from arabic_qwen.audit.duplicates import Duplicates, exact_key
 from arabic_qwen.audit.findings import CODES, Finding, Level
 from arabic_qwen.audit.rows import Conversation, known_method, method_of, read_row, row_texts
 from arabic_qwen.audit.statistics import Statistics
-from arabic_qwen.audit.text_checks import Found, around, html_finding, text_findings
+from arabic_qwen.audit.text_checks import Found, about_encoding, around, html_finding, text_findings
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.bad_rows import BadRow, RowError
 from arabic_qwen.data.layouts import canonical
@@ -51,7 +52,7 @@ def check(
 
     Args:
         files: named as in training: files, folders, hub ids, sample:sft.
-        method: training method whose rows they are; "": as the columns of the first row say, for each file.
+        method: training method whose rows they are; "": as the columns of each row say.
         keep: findings of each code that are kept; None: all. All are counted.
         watch: wraps the rows as they are read, for a progress bar.
 
@@ -78,58 +79,54 @@ def place_of(where: str) -> tuple[str, int]:
     return file, int(line.removeprefix("row "))
 
 
-def _place(where: str, seen_from: str) -> str:
-    file, line = place_of(where)
-    return f"line {line}" if file == place_of(seen_from)[0] else f"{Path(file).name}:{line}"
-
-
 class _Doctor:
     """Collects what is found, batch by batch."""
 
     def __init__(self, audit: Audit, method: str, keep: int | None):
         self.audit = audit
         self._keep = keep
-        self._methods = dict.fromkeys(range(len(audit.files)), method)
+        self._method = method
         self._duplicates = Duplicates()
-        self._places: list[str] = []  # of the rows in `_duplicates`, and how each begins
-        self._beginnings: list[str] = []
+        # Of the rows in `_duplicates`: file (its number in `_order`), line, and how each begins, in UTF-8.
+        self._files, self._lines, self._ends = array("L"), array("Q"), array("Q")
+        self._beginnings = bytearray()
         self._order: dict[str, int] = {}  # files in the order in which they are met
         self._kept: Counter[str] = Counter()
 
-    def _add(self, where: str, found: Found) -> None:
+    def _add(self, file: str, line: int, found: Found) -> None:
         code = found.code
         level: Level = "error" if (found.level or CODES[code].level) == "error" else "warning"
         self.audit.counts[code] += 1
         self.audit.errors += level == "error"
-        file, line = place_of(where)
         if self._keep is None or self._kept[code] < self._keep:
             self._kept[code] += 1
             self.audit.findings.append(Finding(code, level, file, line, found.message, found.example))
 
     def examine(self, batch: list[tuple[int, Row | BadRow]]) -> None:
         sound: list[tuple[int, str, Conversation]] = []  # (file, place, row)
+        keys = []
         for file, row in batch:
             self.audit.rows += 1
             self._order.setdefault(place_of(row.where)[0], len(self._order))
             if isinstance(row, BadRow):
-                self._add(row.where, Found("broken_row", row.reason, _one_line(row.row)))
+                self._add(*place_of(row.where), Found("broken_row", row.reason, _one_line(row.row)))
                 continue
-            self._methods[file] = self._methods[file] or method_of(row.values)
             try:
                 values, codes = canonical(row.values)
-                conversation = read_row(values, self._methods[file] or "sft")
+                conversation = read_row(values, self._method or method_of(values) or "sft")
             except RowError as error:
-                self._add(row.where, Found(error.code, str(error), _one_line(row.values)))
+                self._add(*place_of(row.where), Found(error.code, str(error), _one_line(row.values)))
                 continue
             sound.append((file, row.where, conversation))
+            keys.append(exact_key(values))
             for found in [Found(code, CODES[code].title, _one_line(row.values)) for code in codes]:
-                self._add(row.where, found)
+                self._add(*place_of(row.where), found)
             for found in _findings(conversation):
-                self._add(row.where, found)
+                self._add(*place_of(row.where), found)
         self._check_dialects(sound)
         self.audit.statistics.add([row_texts(row) for _, _, row in sound])
         self.audit.statistics.bad_rows += len(batch) - len(sound)
-        for file, group in itertools.groupby(sound, key=lambda item: item[0]):
+        for file, group in itertools.groupby(zip(sound, keys, strict=True), key=lambda item: item[0][0]):
             self._remember(file, list(group))
 
     def _check_dialects(self, rows: list[tuple[int, str, Conversation]]) -> None:
@@ -149,23 +146,39 @@ class _Doctor:
             most, least = classifier.leaning(answer, found, dialect)
             if most >= _FOR and least >= _AGAINST:
                 message = f"asks for {dialect}, the answer is {found} ({confidence:.0%} sure)"
-                self._add(where, Found("dialect_mismatch", message, around(answer, 0, 60)))
+                self._add(*place_of(where), Found("dialect_mismatch", message, around(answer, 0, 60)))
 
-    def _remember(self, file: int, rows: list[tuple[int, str, Conversation]]) -> None:
-        """For the search for duplicates."""
-        self._duplicates.add(file, [row.text() for _, _, row in rows])
-        self._places += [where for _, where, _ in rows]
-        self._beginnings += [around(row.question, 0, 40) for _, _, row in rows]
+    def _remember(self, file: int, rows: list[tuple[tuple[int, str, Conversation], int]]) -> None:
+        """For the search for duplicates: rows and their keys."""
+        self._duplicates.add(file, [row.text() for (_, _, row), _ in rows], [key for _, key in rows])
+        for (_, where, row), _ in rows:
+            name, line = place_of(where)
+            self._files.append(self._order[name])
+            self._lines.append(line)
+            self._beginnings += around(row.question, 0, 40).encode("utf-8", "surrogatepass")
+            self._ends.append(len(self._beginnings))
+
+    def _beginning(self, row: int) -> str:
+        start = self._ends[row - 1] if row else 0
+        return self._beginnings[start : self._ends[row]].decode("utf-8", "surrogatepass")
 
     def finish(self) -> Audit:
+        names = list(self._order)
         for copies, suffix in ((self._duplicates.inside(), ""), (self._duplicates.across(), "_across_files")):
             for copy in copies:
-                code = ("near_duplicate" if 0 < copy.similarity < 1 else "duplicate") + suffix
-                likeness = {0.0: "has the prompt of", 1.0: "is the same as"}.get(
-                    copy.similarity, f"{copy.similarity:.0%} like"
-                )
-                message = f"{likeness} {_place(self._places[copy.original], self._places[copy.row])}"
-                self._add(self._places[copy.row], Found(code, message, self._beginnings[copy.row]))
+                if copy.exact:
+                    code, likeness = "duplicate", "is the same as"
+                elif copy.similarity == 0:
+                    code, likeness = "duplicate", "has the prompt of"
+                elif copy.similarity == 1:
+                    code, likeness = "near_duplicate", "is the same but for spelling as"
+                else:
+                    code, likeness = "near_duplicate", f"{copy.similarity:.0%} like"
+                code += suffix
+                file, other = self._files[copy.row], self._files[copy.original]
+                place = "line " if file == other else f"{Path(names[other]).name}:"
+                message = f"{likeness} {place}{self._lines[copy.original]}"
+                self._add(names[file], self._lines[copy.row], Found(code, message, self._beginning(copy.row)))
         self.audit.findings.sort(key=lambda finding: (self._order[finding.file], finding.line))
         return self.audit
 
@@ -185,8 +198,13 @@ def _findings(row: Conversation) -> Iterator[Found]:
 
 def _all_findings(row: Conversation) -> Iterator[Found]:
     texts = [message["content"] for message in row.messages]
+    prompts = [message["content"] for message in row.messages if message["role"] != "assistant"]
+    answers = [message["content"] for message in row.messages if message["role"] == "assistant"]
     for message in row.messages:
-        yield from text_findings(message["content"], _SPEAKERS[message["role"]])
+        for found in text_findings(message["content"], _SPEAKERS[message["role"]]):
+            meant = found.code == "mojibake" and message["role"] != "assistant" and about_encoding(prompts, answers)
+            if not meant:
+                yield found
     for answer in row.rejected:
         yield from text_findings(answer, "rejected answer")
     if html := html_finding([*texts, *row.rejected]):

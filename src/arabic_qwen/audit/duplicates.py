@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasketch import MinHash
 
+from arabic_qwen.data.layouts import COLUMNS
 from arabic_qwen.text.normalization import fold
+from arabic_qwen.text.spans import hide_spans, restore_spans
 
 #: Rows whose word trigrams have at least this Jaccard similarity, as their MinHash signatures estimate it.
 SIMILAR = 0.8
 _PERMUTATIONS = 64
 _BANDS = 16  # of 4 values: two rows with similarity 0.8 share one with probability 1 - (1 - 0.8⁴)¹⁶ = 0.9998
-# Trigrams that so many rows of a batch share are a template ("ترجم إلى العربية: …"), which says nothing about a row.
-_TEMPLATE_SHARE, _TEMPLATE_ROWS = 0.05, 20
+# Trigrams that so many of these rows' prompts share are a template ("ترجم إلى العربية: …"), which says nothing about a
+# row. Answers have none: what many answers share makes them copies.
+_ROWS, _TEMPLATE_SHARE, _TEMPLATE_ROWS = 1000, 0.05, 20
 _FEWEST_TRIGRAMS = 20  # fewer have too little text for one other word not to be another question
 _ANSWER_BITS = 256
 _SIMILAR_ANSWERS = 0.6  # Jaccard similarity of the answers' words: one long text may be asked about twice
 
 
-_CACHED_WORDS = 500_000
+_CACHED_WORDS = 100_000
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xFF51AFD7ED558CCD], np.uint64)  # odd, so that no bit is lost
 
 
+def exact_key(values: dict[str, Any]) -> int:
+    """Equal for rows of which training reads the same, to the letter; 64 bits. `values`: as `canonical` gives them."""
+    return _hash(json.dumps({name: values[name] for name in sorted(COLUMNS & values.keys())}, default=str))
+
+
 class Text(NamedTuple):
-    """What is compared of a row, folded: `Text.of` makes it."""
+    """What is compared of a row, folded outside code: `Text.of` makes it."""
 
     prompt: str
     answers: str
@@ -36,11 +45,16 @@ class Text(NamedTuple):
 
     @classmethod
     def of(cls, prompt: str, answers: str, kind: str = "") -> Text:
-        return cls(fold(prompt), fold(answers), kind)
+        return cls(_fold(prompt), _fold(answers), kind)
 
     def key(self) -> int:
         """Equal for equal rows; 64 bits."""
         return _hash("\0".join(self))
+
+
+def _fold(text: str) -> str:
+    prose, spans = hide_spans(text)
+    return restore_spans(fold(prose), spans)
 
 
 class Copy(NamedTuple):
@@ -49,6 +63,7 @@ class Copy(NamedTuple):
     row: int
     original: int
     similarity: float  # 1.0: equal after folding; 0.0: only the prompts are equal
+    exact: bool = False  # equal as they are
 
 
 class Duplicates:
@@ -59,7 +74,8 @@ class Duplicates:
 
     def __init__(self) -> None:
         self._files = array("H")
-        self._keys = array("Q")  # hash of the whole row
+        self._exact = array("Q")  # hash of the whole row as it is
+        self._keys = array("Q")  # hash of the whole row after folding
         self._prompts = array("Q")
         self._kinds = array("Q")
         self._signatures: list[
@@ -68,24 +84,33 @@ class Duplicates:
         self._answers: list[np.ndarray] = []  # bool, packed: [rows, _ANSWER_BITS / 8] a batch, the words by hash
         self._words: dict[str, int] = {}
         self._templates = np.zeros(0, np.uint64)
+        self._waiting: list[Text] = []  # for their signatures: always so many together, however rows are added
         self._minhash = MinHash(num_perm=_PERMUTATIONS, hashfunc=int)
 
-    def add(self, file: int, rows: Sequence[Text]) -> None:
-        """Rows of a file."""
+    def add(self, file: int, rows: Sequence[Text], exact: Sequence[int]) -> None:
+        """Rows of a file, and their `exact_key`."""
         self._files.extend([file] * len(rows))
+        self._exact.extend(exact)
         self._keys.extend(map(Text.key, rows))
         self._prompts.extend(_hash(row.prompt) for row in rows)
         self._kinds.extend(_hash(row.kind) for row in rows)
+        self._waiting += rows
+        while len(self._waiting) >= _ROWS:
+            self._sign(self._waiting[:_ROWS])
+            del self._waiting[:_ROWS]
+
+    def _sign(self, rows: Sequence[Text]) -> None:
         answers = np.zeros((len(rows), _ANSWER_BITS), bool)
-        trigrams = []
+        asked, answered = [], []  # trigrams
         for number, row in enumerate(rows):
             said = self._ids(row.answers)
             answers[number, said % np.uint64(_ANSWER_BITS)] = True
-            trigrams.append(_trigrams(np.concatenate([self._ids(row.prompt), said])))
-        self._learn_templates(trigrams)
+            asked.append(_trigrams(self._ids(row.prompt)))
+            answered.append(_trigrams(said))
+        self._learn_templates(asked)
         signatures = np.zeros((len(rows), _PERMUTATIONS), np.uint32)
-        for number, grams in enumerate(trigrams):
-            own = grams[~np.isin(grams, self._templates)] if len(self._templates) else grams
+        for number, (prompt, answer) in enumerate(zip(asked, answered, strict=True)):
+            own = np.union1d(np.setdiff1d(prompt, self._templates, assume_unique=True), answer)
             if len(own) >= _FEWEST_TRIGRAMS:
                 self._minhash.clear()
                 self._minhash.update_batch(own.tolist())
@@ -106,7 +131,7 @@ class Duplicates:
         return ids
 
     def _learn_templates(self, rows: list[np.ndarray]) -> None:
-        distinct = {grams.tobytes(): grams for grams in rows}  # exact copies are no template
+        distinct = {grams.tobytes(): grams for grams in rows}  # equal prompts are no template
         grams, counts = np.unique(np.concatenate([*distinct.values(), self._templates[:0]]), return_counts=True)
         common = grams[counts >= max(_TEMPLATE_ROWS, _TEMPLATE_SHARE * len(rows))]
         self._templates = np.union1d(self._templates, common)
@@ -120,16 +145,19 @@ class Duplicates:
         return self._find(True)
 
     def _find(self, across: bool) -> list[Copy]:
+        self._sign(self._waiting)
+        self._waiting = []
         files = np.array(self._files)
         found: dict[int, Copy] = {}
 
-        def keep(pairs: Iterator[tuple[int, int]], similarity: float) -> None:
-            for row, original in pairs:
-                found.setdefault(row, Copy(row, original, similarity))
+        def keep(keys: array[int], similarity: float, exact: bool = False) -> None:
+            for row, original in _equal(np.array(keys), files, across):
+                found.setdefault(row, Copy(row, original, similarity, exact))
 
-        keep(_equal(np.array(self._keys), files, across), 1.0)
+        keep(self._exact, 1.0, exact=True)
+        keep(self._keys, 1.0)
         if across:
-            keep(_equal(np.array(self._prompts), files, across), 0.0)
+            keep(self._prompts, 0.0)
         for pair in self._similar(files, across):
             found.setdefault(pair.row, pair)
         return list(found.values())

@@ -40,9 +40,7 @@ CODES = {
     "translated_role": Code(
         "warning", "role name in Arabic or translated", "اسم دور مترجم", "system, user, assistant", True
     ),
-    "swapped_roles": Code(
-        "error", "user and assistant swapped", "دوران متبادلان", "swap the roles of the conversation", True
-    ),
+    "swapped_roles": Code("error", "user and assistant swapped", "دوران متبادلان", "swap the roles, or add the answer"),
     "missing_end_of_turn": Code(
         "error", "conversation without its last answer", "محادثة بلا إجابة أخيرة", "end it with an answer"
     ),

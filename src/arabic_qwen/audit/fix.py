@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -14,23 +15,32 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from arabic_qwen.audit.check import place_of
+from arabic_qwen.audit.duplicates import exact_key
 from arabic_qwen.audit.findings import CODES
 from arabic_qwen.audit.rows import Conversation, known_method, method_of, read_row
-from arabic_qwen.audit.text_checks import HTML, TEMPLATE_TOKENS, html_finding
+from arabic_qwen.audit.text_checks import (
+    HTML,
+    TEMPLATE_HEADING,
+    TEMPLATE_TOKENS,
+    WHOLE_TEMPLATE,
+    about_encoding,
+    html_finding,
+)
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.bad_rows import BadRow, RowError
-from arabic_qwen.data.layouts import COLUMNS, MESSAGE_COLUMNS, are_messages, canonical, role_of
+from arabic_qwen.data.layouts import COLUMNS, canonical, role_of
 from arabic_qwen.data.readers import Row
 from arabic_qwen.data.sources import read_rows
 from arabic_qwen.errors import ConfigurationError, DatasetError
 from arabic_qwen.text.encoding import repair_mojibake
 from arabic_qwen.text.normalization import normalize
 from arabic_qwen.text.rules import OFF, TRAIN
-from arabic_qwen.text.spans import hide_spans, restore_spans
+from arabic_qwen.text.spans import PLACEHOLDER, hide_spans, restore_spans
 
+_ANSWERS = {"response", "output", "completion", "targets", "chosen", "rejected", "hard_negatives"}
 # What some programs take for the end of a line.
 _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
-_ROUNDS = 10  # what one repair leaves may need another: &lt;|im_end|&gt;
+_ROUNDS = 10  # what one repair leaves may need another: <|im_<|im_end|>end|>
 
 
 @dataclass
@@ -118,7 +128,14 @@ class AtomicFile:
 
     def keep(self) -> Path:
         self._file.close()
-        os.link(self._temporary, self._path)  # fails where the name exists by now
+        try:
+            os.link(self._temporary, self._path)  # fails where the name exists by now
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            if os.path.lexists(self._path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self._path)) from None
+            self._temporary.replace(self._path)
         return self._path
 
 
@@ -134,7 +151,6 @@ class _Fixer:
 
     def fix(self, given: dict[str, Any]) -> tuple[dict[str, Any], list[Change]]:
         """The repaired row and what was changed. Raises RowError where the row is to be left out."""
-        self._method = self._method or method_of(given)
         values, codes = canonical(given)
         values = values if codes else given  # a list of one answer is fine
         changes: list[Change] = [
@@ -144,74 +160,67 @@ class _Fixer:
         ]
         values, made = _repair_texts(values)
         changes += made
-        try:
-            row = self._read(values)
-        except RowError as error:
-            if error.code != "swapped_roles":
-                raise
-            values, made = _swap_roles(values)
-            changes += made
-            row = self._read(values)
+        row = self._read(values)
         if html_finding(_texts(row)):
             values, made = _repair_texts(values, html=True)
             changes += made
             row = self._read(values)
-        key = row.text().key()
+        key = exact_key(canonical(values)[0])
         if key in self._seen:
             raise RowError("is the same as an earlier row", "duplicate")
         self._seen.add(key)
         return values, changes
 
     def _read(self, values: dict[str, Any]) -> Conversation:
-        return read_row(values, self._method or "sft")
+        return read_row(values, self._method or method_of(values) or "sft")
 
 
 def _texts(row: Conversation) -> list[str]:
     return [*(message["content"] for message in row.messages), *row.rejected]
 
 
-def _swap_roles(values: dict[str, Any]) -> tuple[dict[str, Any], list[Change]]:
-    other = {"user": "assistant", "assistant": "user"}
-    swapped, changes = dict(values), []
-    for column in MESSAGE_COLUMNS:
-        if are_messages(values.get(column)):
-            swapped[column] = [
-                {**message, key: other.get(role_of(message[key])[0] or "", message[key])}
-                for message in values[column]
-                for key in ["from" if "from" in message else "role"]
-            ]
-            changes.append(("swapped_roles", column, values[column], swapped[column]))
-    return swapped, changes
-
-
 def _repair_texts(values: dict[str, Any], html: bool = False) -> tuple[dict[str, Any], list[Change]]:
     """The row with its texts repaired; `html`: HTML too."""
     changes: list[Change] = []
+    texts: list[tuple[bool, str]] = []  # whether it is an answer, and the text
+    _walk(values, lambda text, _, answer: texts.append((answer, text)))
+    meant = about_encoding([text for answer, text in texts if not answer], [text for answer, text in texts if answer])
 
-    def walk(value: Any, column: str) -> Any:
+    def repair(text: str, column: str, answer: bool) -> str:
+        left_out = {code for code, out in (("html", not html), ("mojibake", meant and not answer)) if out}
+        for code, before, after in _repairs(text, left_out):
+            changes.append((code, column, before, after))
+            text = after
+        return text
+
+    return _walk(values, repair), changes
+
+
+def _walk(values: dict[str, Any], visit: Callable[[str, str, bool], Any]) -> dict[str, Any]:
+    """The row with visit(text, column, whether it is an answer) instead of each text."""
+
+    def walk(value: Any, column: str, answer: bool) -> Any:
         if isinstance(value, str):
-            for code, before, after in _repairs(value, html):
-                changes.append((code, column, before, after))
-                value = after
-            return value
+            return visit(value, column, answer)
         if isinstance(value, list):
-            return [walk(item, f"{column}[{position}]") for position, item in enumerate(value)]
+            return [walk(item, f"{column}[{position}]", answer) for position, item in enumerate(value)]
         if isinstance(value, dict):
+            answer = role_of(str(value.get("from", value.get("role"))))[0] == "assistant"
             return {
-                key: walk(item, f"{column}.{key}") if key in ("content", "value") else item
+                key: walk(item, f"{column}.{key}", answer) if key in ("content", "value") else item
                 for key, item in value.items()
             }
         return value
 
-    return {name: walk(value, name) if name in COLUMNS else value for name, value in values.items()}, changes
+    return {name: walk(value, name, name in _ANSWERS) if name in COLUMNS else value for name, value in values.items()}
 
 
-def _repairs(text: str, html: bool) -> Iterator[tuple[str, str, str]]:
+def _repairs(text: str, left_out: set[str]) -> Iterator[tuple[str, str, str]]:
     """(code, before, after) of each repair of a text."""
     for _ in range(_ROUNDS):
         start = text
         for code, function in _STEPS:
-            if (code != "html" or html) and (after := function(text)) != text:
+            if code not in left_out and (after := function(text)) != text:
                 yield code, text, after
                 text = after
         if text == start:
@@ -220,16 +229,19 @@ def _repairs(text: str, html: bool) -> Iterator[tuple[str, str, str]]:
 
 def _outside_code(function: Callable[[str], str], text: str) -> str:
     prose, spans = hide_spans(text)
-    return restore_spans(function(prose), spans)
+    changed = function(prose)
+    return restore_spans(changed, spans) if changed.count(PLACEHOLDER) == len(spans) else text
 
 
 def _remove_tokens(text: str) -> str:
     shorter = TEMPLATE_TOKENS.sub("", text)
+    if not WHOLE_TEMPLATE.search(shorter):
+        shorter = TEMPLATE_HEADING.sub("", shorter)
     return text if shorter == text else shorter.strip()
 
 
 _ENTITIES = {"nbsp": " ", "rlm": "", "lrm": "", "zwnj": "", "zwj": ""}
-_PAIRED = re.compile(r"<(script|style)\b[^<>]*>.*?</\1>", re.DOTALL)
+_PROGRAM = re.compile(r"</?(?:script|style)\b")
 _LINK = re.compile(r"<a\s[^<>]*?href\s*=\s*[\"']([^\"'<>]*)[\"'][^<>]*>(.*?)</a>", re.DOTALL)
 _MARKDOWN = {"br": "\n", "hr": "\n---\n", "li": "\n- ", "/p": "\n\n", "/div": "\n", "/tr": "\n", "/td": " ", "/th": " "}
 _MARKDOWN |= dict.fromkeys(("b", "/b", "strong", "/strong"), "**") | dict.fromkeys(("i", "/i", "em", "/em"), "*")
@@ -237,21 +249,34 @@ _MARKDOWN |= {f"h{level}": "\n" + "#" * level + " " for level in range(1, 7)} | 
     f"/h{level}": "\n" for level in range(1, 7)
 }
 _NAME = re.compile(r"/?\w+")
+_ENTITY = re.compile(r"&#?\w+;")
 
 
 def _html_to_markdown(text: str) -> str:
-    from html import unescape
+    """Programs and style sheets are left as they are, and what is escaped because it would be HTML or a control token."""
 
     def convert(match: re.Match[str]) -> str:
         if match[0].startswith("&"):
-            return _ENTITIES.get(match[0][1:-1].lower(), unescape(match[0]).replace("\xa0", " "))
+            return match[0]
         name = _NAME.search(match[0])
         return _MARKDOWN.get(name[0], "") if name else ""
 
-    if not HTML.search(text):
+    def link(match: re.Match[str]) -> str:
+        return match[0] if PLACEHOLDER in match[2] else f"[{match[2]}]({match[1]})"  # code would change its place
+
+    if not HTML.search(text) or _PROGRAM.search(text):
         return text
-    text = _LINK.sub(r"[\2](\1)", _PAIRED.sub("", text))
-    return re.sub(r"\n{3,}", "\n\n", HTML.sub(convert, text)).strip()
+    escaped = re.sub(r"\n{3,}", "\n\n", HTML.sub(convert, _LINK.sub(link, text)))
+    plain = _ENTITY.sub(lambda match: _unescape(match[0]), escaped)
+    if HTML.search(plain) or TEMPLATE_TOKENS.search(plain):
+        plain = _ENTITY.sub(lambda match: match[0] if _unescape(match[0]) in "<>&" else _unescape(match[0]), escaped)
+    return plain.strip()
+
+
+def _unescape(entity: str) -> str:
+    from html import unescape
+
+    return _ENTITIES.get(entity[1:-1].lower(), unescape(entity).replace("\xa0", " "))
 
 
 _CODE_OF_RULE = {"invisible": "bidi_controls"}

@@ -19,6 +19,7 @@ from arabic_qwen.data.layouts import recognise
 from arabic_qwen.data.preferences import Preference, to_contrast, to_feedback, to_measured_pair, to_pair
 from arabic_qwen.data.sources import read_rows
 from arabic_qwen.errors import ConfigurationError, DatasetError
+from arabic_qwen.text.normalization import fold
 
 _CHUNK = 1000  # rows counted at a time
 _HEAD = 1 << 20  # bytes
@@ -50,9 +51,10 @@ class Conversation(NamedTuple):
         return self.messages[-1]["content"]
 
     def text(self) -> Text:
-        """What is compared to find duplicates: not the system prompt, which is often the same in all rows."""
+        """What is compared to find duplicates. Rows with different system prompts are of different kinds."""
+        system = self.messages[0]["content"] if self.messages[0]["role"] == "system" else ""
         before = "\n".join(message["content"] for message in self.messages[:-1] if message["role"] != "system")
-        kind = f"{self.learned} {asked_dialect(self.question)}"
+        kind = f"{self.learned} {asked_dialect(self.question)} {fold(system)}"
         return Text.of(before, "\n".join([self.answer, *self.rejected]), kind)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from arabic_qwen.text.encoding import mojibake_share
+from arabic_qwen.text.encoding import mojibake_share, repair_mojibake
 from arabic_qwen.text.rules import INVISIBLE, MARKS, PRESENTATION, TATWEEL
 from arabic_qwen.text.spans import PLACEHOLDER, hide_spans
 
@@ -39,17 +39,22 @@ _INVISIBLE = re.compile(f"[{INVISIBLE}]")
 _UNKNOWN = re.compile("<unk>|\\[UNK\\]|\ufffd")
 _SUSPECT = re.compile(f"[<&#\\[\ufffd{TATWEEL}{INVISIBLE}{''.join(map(re.escape, PRESENTATION))}]")
 
-# Control tokens of chat templates, and the headings of the Alpaca template. <s> is also HTML's strike-through, so it
-# counts at the ends of a text only.
+# Control tokens of chat templates. <s> is also HTML's strike-through, so it counts at the ends of a text only.
 TEMPLATE_TOKENS = re.compile(
     r"""
     <\|(?:im_start|im_end|endoftext|end_of_text|begin_of_text|start_header_id|end_header_id|eot_id|eom_id
         |system|user|assistant|end|endofprompt|prompter)\|>
   | </?(?:start_of_turn|end_of_turn|bos|eos)> | \[/?INST\] | <</?SYS>>
   | \A\s*<s> | </s>\s*\Z
-  | ^\#{2,3}[ ]*(?:Instruction|Response|Input|Human|Assistant|التعليمات|التعليمة|الاستجابة|الإجابة|المدخلات|المدخل|الرد)[ ]*:[ ]*$
     """,
-    re.VERBOSE | re.MULTILINE,
+    re.VERBOSE,
+)
+# Headings of the Alpaca template. They are ordinary Markdown too, but hardly at a text's beginning, nor a question and
+# its answer together.
+_ASKED, _ANSWERED = "Instruction|Human|التعليمات|التعليمة", "Response|Assistant|الاستجابة|الإجابة|الرد"
+TEMPLATE_HEADING = re.compile(rf"\A\s*\#{{2,3}} *(?:{_ASKED}|{_ANSWERED}|Input|المدخلات|المدخل) *: *$", re.MULTILINE)
+WHOLE_TEMPLATE = re.compile(
+    rf"^\#{{2,3}} *(?:{_ASKED}) *: *$.*?^\#{{2,3}} *(?:{_ANSWERED}) *: *$", re.MULTILINE | re.DOTALL
 )
 
 _LONG_TAGS = "div|span|strong|em|ul|ol|li|table|thead|tbody|tr|td|th|h[1-6]|img|font|center|blockquote|hr|br|script|style|ref|nowiki|iframe"
@@ -83,9 +88,27 @@ def text_findings(text: str, speaker: str) -> Iterator[Found]:
         ("bidi_controls", _INVISIBLE, "invisible characters in the {}, the first U+{:04X}"),
         ("unk_token", _UNKNOWN, "a character or word was lost in the {}"),
         ("template_tokens", TEMPLATE_TOKENS, "the {} holds a chat template's tokens"),
+        ("template_tokens", TEMPLATE_HEADING, "the {} begins with a chat template's heading"),
+        ("template_tokens", WHOLE_TEMPLATE, "the {} holds a chat template"),
     ):
         if match := pattern.search(prose):
             yield Found(code, message.format(speaker, ord(match[0][0])), around(prose, *match.span()))
+
+
+_ENCODING = re.compile(
+    r"ترميز|يونيكود|encod|decod|charset|mojibake|unicode|\b(?:utf|latin|windows|iso)-?\d|\bcp-?125|\bascii\b",
+    re.IGNORECASE,
+)
+
+
+def about_encoding(prompts: Iterable[str], answers: Iterable[str]) -> bool:
+    """Whether wrongly decoded text in the prompts is meant: they ask about encodings, or the answer is the right text."""
+    question = "\n".join(prompts)
+    repaired = repair_mojibake(question)
+    return repaired != question and (
+        _ENCODING.search(question) is not None
+        or any(text.strip() in repaired and text.strip() not in question for text in answers)
+    )
 
 
 def html_finding(texts: list[str]) -> Found | None:

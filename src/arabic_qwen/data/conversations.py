@@ -14,9 +14,10 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 
 _NEEDED = " or ".join(" + ".join(layout.columns) for layout in LAYOUTS if "sft" in layout.methods)
 
-# Answers that are none, in the spelling of profile `compare`. Short, and without what may be an answer: لا, لا يوجد, NA.
+# Answers that are none, in the spelling of profile `compare`. Short, and without what may be an answer: لا, لا يوجد, NA,
+# and None, null, nan, undefined or - to a question about code or data.
 _PLACEHOLDERS = {
-    *("n/a", "nan", "null", "none", "todo", "tbd", "undefined", "placeholder", "...", "-", "--", "---"),
+    *("n/a", "todo", "tbd", "placeholder", "...", "--", "---"),
     *("lorem ipsum", "lorem ipsum dolor sit amet"),
     *("لا يوجد رد", "لا توجد اجابه", "لا توجد استجابه", "بدون اجابه", "بدون رد"),
     *(
@@ -25,6 +26,14 @@ _PLACEHOLDERS = {
         for opening, closing in ("[]", "<>", "{}")
     ),
 }
+_TO_BE_WRITTEN = re.compile(
+    r"""
+    (?:todo|tbd)\W+(?:write|add|fill|insert)\b.*\b(?:answer|response|output)
+  | (?:write|enter|insert|add|put)\ (?:your|the|an)\ (?:answer|response)\ here
+  | (?:ادخل|اكتب|ضع|اضف)\ (?:اجابت|الاجاب|جواب|الجواب|رد|الرد)\w{0,2}\ هنا
+    """,
+    re.VERBOSE,
+)
 _LONGEST_PLACEHOLDER = 40
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -118,21 +127,20 @@ def field_text(values: dict[str, Any], key: str, place: str = "", role: str = ""
         raise RowError(f"{place}{key}: must be text, found {'nothing' if text is None else type(text).__name__}")
     if not text.strip():
         raise RowError(f"{place}{key}: is empty", "empty_answer" if role == "assistant" else "broken_row")
-    if mojibake_share(text) > MOSTLY:
-        raise RowError(
-            f"{place}{key}: was read in a wrong encoding; `arabic-qwen data fix` decodes it again", "mojibake"
-        )
     if _SURROGATE.search(text):
         raise RowError(f"{place}{key}: has half of a surrogate pair (a broken \\u escape), which is no character")
     return text
 
 
 def check_answer(text: str, place: str) -> None:
-    """Raises RowError where an answer to learn is only a placeholder for one."""
+    """Raises RowError where an answer to learn is only a placeholder for one, or cannot be read."""
+    if mojibake_share(text) > MOSTLY:
+        raise RowError(f"{place}: was read in a wrong encoding; `arabic-qwen data fix` decodes it again", "mojibake")
     if len(text) > _LONGEST_PLACEHOLDER:
         return
     folded = normalize(text, "compare").casefold()
-    if folded in _PLACEHOLDERS or folded.rstrip(" .!") in _PLACEHOLDERS:
+    bare = folded.strip(" .!()[]{}<>")
+    if folded in _PLACEHOLDERS or folded.rstrip(" .!") in _PLACEHOLDERS or _TO_BE_WRITTEN.fullmatch(bare):
         raise RowError(f"{place}: is a placeholder ({text.strip()}); write the answer", "placeholder_answer")
 
 
@@ -142,7 +150,7 @@ def check_turns(messages: list[Message]) -> None:
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if turns and turns == ["assistant", "user"] * (len(turns) // 2):
         raise RowError(
-            "starts with the assistant and does not end with an answer: user and assistant are swapped",
+            "starts with the assistant and ends with the user: the roles are swapped, or the answer is missing",
             "swapped_roles",
         )
     if turns[-1:] != ["assistant"]:

@@ -30,10 +30,16 @@ def _class(table: dict[str, int], first: int, last: int) -> str:
 
 
 class _Utf8As:
-    """UTF-8 that was read in an encoding of one byte a character: العربية → Ø§Ù„Ø¹Ø±Ø¨ÙŠØ©, ط§ظ„ط¹ط±ط¨ظٹط©."""
+    """UTF-8 that was read in an encoding of one byte a character: العربية → Ø§Ù„Ø¹Ø±Ø¨ÙŠØ©, ط§ظ„ط¹ط±ط¨ظٹط©.
 
-    def __init__(self, table: dict[str, int]):
+    Args:
+        table: of the encoding.
+        meant: pattern of the characters that a wrong run may stand for.
+    """
+
+    def __init__(self, table: dict[str, int], meant: str):
         self._table = table
+        self._meant = re.compile(f"{meant}+", re.DOTALL)
         following = _class(table, 0x80, 0xBF)
         arabic = _class(table, 0xD8, 0xDB) + following
         # Three letters in a row of this form mean nothing in any language.
@@ -42,16 +48,18 @@ class _Utf8As:
             _class(table, first, last) + following * count
             for first, last, count in ((0xC2, 0xDF, 1), (0xE0, 0xEF, 2), (0xF0, 0xF4, 3))
         )
-        self.run = re.compile(f"(?:{any_char})+")
+        # In sound Arabic a letter and a sign look like such a pair in CP1256 (لماذا؟), but after other letters.
+        self.run = re.compile(f"(?<![\u0620-\u0652])(?:{any_char})+")
 
     def found(self, text: str) -> bool:
         return self._certain.search(text) is not None
 
     def decode(self, run: str) -> str:
         try:
-            return bytes(map(self._table.__getitem__, run)).decode("utf-8")
+            decoded = bytes(map(self._table.__getitem__, run)).decode("utf-8")
         except ValueError:
             return run
+        return decoded if self._meant.fullmatch(decoded) else run
 
 
 class _Cp1256AsCp1252:
@@ -72,7 +80,13 @@ class _Cp1256AsCp1252:
         return bytes(map(_CP1252.__getitem__, run)).decode("cp1256")
 
 
-_MISTAKES: list[_Utf8As | _Cp1256AsCp1252] = [_Utf8As(_CP1252), _Utf8As(_CP1256), _Cp1256AsCp1252()]
+# Arabic, signs and emoji, but no letters of other scripts, which sound Arabic may look like: أ، would be á.
+_NO_OTHER_LETTERS = "[\u0600-\u06ff\ufb50-\ufeff\xa0«»°·×÷\u2000-\u2bff\U0001f000-\U0001faff]"
+_MISTAKES: list[_Utf8As | _Cp1256AsCp1252] = [
+    _Utf8As(_CP1252, "."),
+    _Utf8As(_CP1256, _NO_OTHER_LETTERS),
+    _Cp1256AsCp1252(),
+]
 _WESTERN = re.compile("[À-ÿ]")  # the first and the last need such letters
 
 
