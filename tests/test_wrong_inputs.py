@@ -162,6 +162,11 @@ VALUES = {
     "unmeasured metric": ("sft metric_for_best_model=bleu", 2, ["metric_for_best_model: 'bleu'", "eval_loss"]),
     "unknown report": ("sft report_to=nowhere", 2, ["report_to: 'nowhere' is unknown", "choose from none"]),
     "no deepspeed file": ("sft deepspeed=none.json", 2, ["deepspeed: none.json", "give a DeepSpeed JSON"]),
+    "no such checkpoint": (
+        "sft resume_from_checkpoint=run/checkpoint-9",
+        2,
+        ["run/checkpoint-9 does not exist", "auto"],
+    ),
     "output is a file": ("sft output_dir=sft.yaml", 2, ["output_dir: sft.yaml", "is a file", "choose another"]),
     "unknown profile": ("sft normalize=compare", 2, ["normalize: must be train or false", "'compare'"]),
     "unknown setting of diacritics": ("sft diacritics=remove", 2, ["diacritics: must be keep, strip or partial"]),

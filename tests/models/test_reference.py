@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from arabic_qwen.config import SFTConfig
@@ -294,15 +294,23 @@ class TestPrecomputed:
         reference = reference_policy(trainer.model, str(model_dir), trainer.config, trainer.tokenizer)
         return trainer, groups, reference
 
-    def test_cache_is_used(self, prepared, tmp_path):
+    def test_cache_is_used(self, prepared, tmp_path, monkeypatch):
         trainer, groups, reference = prepared
-        precompute([groups], trainer.model, reference, tmp_path / "cache", 100)[0]
-        (path,) = (tmp_path / "cache").iterdir()
-        values = load_file(path)["logps"]
-        assert len(values) == 2 * len(groups)
-        save_file({"logps": torch.arange(len(values)).float()}, path)
+        first = precompute([groups], trainer.model, reference, tmp_path / "cache", 100)[0]
+        monkeypatch.setattr("arabic_qwen.models.reference._compute", None)
         again = precompute([groups], trainer.model, reference, tmp_path / "cache", 100)[0]
-        assert [group.reference for group in again] == [(2.0 * i, 2.0 * i + 1) for i in range(len(groups))]
+        assert [group.reference for group in again] == [group.reference for group in first]
+
+    @pytest.mark.parametrize("change", ["cut", "flipped"])
+    def test_damaged_cache_is_computed_again(self, prepared, tmp_path, caplog, change):
+        trainer, groups, reference = prepared
+        precompute([groups], trainer.model, reference, tmp_path / "cache", 100)
+        (path,) = (tmp_path / "cache").iterdir()
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + (bytes([content[-1] ^ 1]) if change == "flipped" else b""))
+        precompute([groups], trainer.model, reference, tmp_path / "cache", 100)
+        assert path.read_bytes() == content
+        assert f"{path}: is damaged; it is computed again" in caplog.text
 
     def test_training_weights_do_not_matter(self, prepared, tmp_path):
         trainer, groups, reference = prepared

@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and that it then ends as if it had never stopped."""
 
+import contextlib
 import json
 import logging
 import os
@@ -311,6 +312,12 @@ class TestChanges:
         assert rates.rates == [4e-3 * 0.5, 4e-3 * 0.25]
         assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.5
 
+    def test_a_longer_run_goes_on_where_the_shorter_one_would_have_ended(self, stopped, config):
+        train(config)
+        (stopped / "run_summary.json").unlink()
+        trainer = train(config, resume_changed=True, max_steps=6)
+        assert (trainer._initial_global_step, trainer.state.global_step) == (4, 6)
+
     def test_the_weights_shape_cannot_change(self, stopped, config):
         with pytest.raises(ConfigurationError, match=r"lora_r: 16 → 8\); choose another output_dir"):
             train(config, resume_changed=True, lora_r=8)
@@ -410,6 +417,18 @@ class TestLock:
         check_free(tmp_path)
         os.close(end)
         os.waitpid(worker, 0)
+
+    def test_a_run_that_began_in_the_meantime_is_not_set_aside(self, stopped, config, monkeypatch):
+        begin = checkpoints.begin_run
+
+        def later(run, *args):
+            stack.enter_context(locked(run.folder))
+            return begin(run, *args)
+
+        monkeypatch.setattr(checkpoints, "begin_run", later)
+        with contextlib.ExitStack() as stack, pytest.raises(ConfigurationError, match="another run writes into"):
+            train(config, resume_from_checkpoint="never")
+        assert (stopped / "checkpoint-2").is_dir()
 
     def test_the_run_itself_lets_go(self, stopped, config):
         check_free(stopped)

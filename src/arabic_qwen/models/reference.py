@@ -17,7 +17,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel, set_peft_model_state_dict
 from rich.progress import track
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from arabic_qwen.data.packing import Group
 from arabic_qwen.errors import ConfigurationError
@@ -171,9 +172,9 @@ def _reference_logps(
 ) -> list[list[float]]:
     """Each group's summed log-probabilities of its scored completions; every process computes its share."""
     path = cache_dir / f"reference-{_key(weights, groups)}.safetensors"
-    if all(gather_object([path.is_file()])):  # not all processes may see the same folder
+    logps = _cached(path)
+    if all(gather_object([logps is not None])):  # not all processes may see the same folder
         logger.info("reference log-probabilities: %s", path)
-        logps = load_file(path)["logps"]
     else:
         state = PartialState()
         own = range(state.process_index, len(groups), state.num_processes)
@@ -181,8 +182,28 @@ def _reference_logps(
         everyone = dict(gather_object(list(zip(own, found, strict=True))))
         logps = torch.tensor([logp for i in range(len(groups)) for logp in everyone[i]])
         cache_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save({"logps": logps}))  # each process writes the same
+        write_atomically(path, save({"logps": logps}, {"sha256": _sha256(logps)}))  # each process writes the same
+    assert logps is not None
     return [part.tolist() for part in logps.split([len(_scored(group)) for group in groups])]
+
+
+def _cached(path: Path) -> torch.Tensor | None:
+    """What an earlier run has kept; None where that is nothing, or damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            logps, kept = file.get_tensor("logps"), file.metadata() or {}
+        if kept.get("sha256") == _sha256(logps):
+            return logps
+    except (SafetensorError, OSError):
+        pass
+    logger.warning("%s: is damaged; it is computed again", path)
+    return None
+
+
+def _sha256(logps: torch.Tensor) -> str:
+    return hashlib.sha256(logps.numpy().tobytes()).hexdigest()
 
 
 def _scored(group: Group) -> list:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from arabic_qwen.config import BaseConfig, load_config
@@ -190,11 +191,13 @@ def begin_run(run: Run, config: BaseConfig, sums: Mapping[str, str]) -> Iterator
     Raises:
         ConfigurationError: the folder cannot be written, another run writes into it, or the data has changed.
     """
+    PartialState().wait_for_everyone()  # others may be writing the reference's cache
     with contextlib.ExitStack() as stack:
         checkpoint = [run.checkpoint]
         if is_first_process():
             try:
                 if run.in_the_way:
+                    check_free(run.folder)  # another run may have begun since
                     _set_aside(run.folder)
                 run.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(run.folder))

@@ -94,7 +94,7 @@ class ResumableTrainer(Trainer):
     def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]
         self._finish_step(kwargs["trial"], kwargs["ignore_keys_for_eval"])
         # A checkpoint may be of a run's last step, or of the evaluation by which it stopped early.
-        self.control.should_training_stop |= self._over
+        self.control.should_training_stop |= self._over or self.state.global_step >= self.state.max_steps
         if not self.control.should_training_stop:
             super()._run_epoch(**kwargs)
 
@@ -204,7 +204,8 @@ class ResumableTrainer(Trainer):
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         if self.run_config:
             self.run_config.to_yaml(folder / RUN_CONFIG)
-        over = self.control.should_training_stop  # of itself: a signal sets it only once the step is saved
+        # Stopped early; a signal sets this only once the step is saved.
+        over = self.control.should_training_stop and self.state.global_step < self.state.max_steps
         best = self.state.best_model_checkpoint
         progress = {
             "over": over,
