@@ -158,7 +158,9 @@ def theirs(config: BaseConfig, groups: list[Group], output_dir: str, **options: 
         negatives = len(groups[0].completions) - 1
         groups = [g._replace(completions=(g.completions[0], c)) for g in groups for c in g.completions[1:]]
         arguments["per_device_train_batch_size"] *= negatives
-    model = AutoModelForCausalLM.from_pretrained(resolve_model_name(config.model_name), dtype=compute_dtype(config))
+    model = AutoModelForCausalLM.from_pretrained(
+        resolve_model_name(config.model_name), dtype=compute_dtype(config), use_safetensors=True
+    )
     return trainer_class(
         model=model.to(device()),
         args=config_class(**arguments),

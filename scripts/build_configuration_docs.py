@@ -38,7 +38,8 @@ method: sft
 ```
 
 - `arabic-qwen train sft.yaml learning_rate=1e-4` overrides a value.
-- `${NAME}` and `${NAME:-default}` in values come from the environment; `$${` is a plain `${`.
+- `${NAME}` and `${NAME:-default}` in values come from the environment; `$${` is a plain `${`. Secrets
+  (variables such as `HF_TOKEN`) are refused: no setting holds one.
 - `1e-5` is a number, `no` is the word, and a key that is there twice is an error.
 
 This page is made by `scripts/build_configuration_docs.py`.
@@ -82,7 +83,8 @@ def _type(field: dict[str, Any]) -> str:
     if "anyOf" in field:
         return f"{' or '.join(_type(option) for option in field['anyOf'])} {limits}".rstrip()
     if "enum" in field or "const" in field:
-        return ", ".join(f"`{choice}`" for choice in field.get("enum", [field.get("const")]))
+        choices = field.get("enum", [field.get("const")])
+        return ", ".join(f"`{choice if isinstance(choice, str) else json.dumps(choice)}`" for choice in choices)
     if field.get("type") == "array":
         return f"list of {_type(field['items'])}"
     name = {"string": "text", "boolean": "true/false", "null": "`null`"}.get(field["type"], field["type"])

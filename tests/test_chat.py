@@ -2,8 +2,9 @@
 
 import pytest
 
-from arabic_qwen.chat import Chat
+from arabic_qwen.chat import Chat, _Streamer
 from arabic_qwen.models.sources import EMBEDDED_MODEL
+from arabic_qwen.terminal import VARIABLE
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +99,32 @@ def test_streams_what_the_model_says(loaded, monkeypatch, capsys):
     loaded.turns, loaded.system = [], ""
     loaded.run()
     assert capsys.readouterr().out.strip() == loaded.turns[-1]["content"]
+
+
+@pytest.mark.parametrize(
+    "words", [["مرحبا ", "بك\n", "في ", "عمان"], ["مرحبا بك\nفي عمان"], ["مرحبا بك\n", "في عمان", ""]]
+)
+def test_whole_lines_where_the_terminal_does_not_order_them(loaded, monkeypatch, capsys, words):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv(VARIABLE, "visual")
+    streamer = _Streamer(loaded.trainer.tokenizer)
+    for word in words[:-1]:
+        streamer.on_finalized_text(word)
+    assert "نامع" not in capsys.readouterr().out
+    streamer.on_finalized_text(words[-1], stream_end=True)
+    assert streamer.said == "مرحبا بك\nفي عمان"
+    assert (streamer.waiting, capsys.readouterr().out.splitlines()[-1]) == ("", "نامع يف")
+
+
+def test_what_an_interrupted_line_said_is_shown(talk, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv(VARIABLE, "visual")
+
+    def interrupted(streamer):
+        streamer.on_finalized_text("نصف ")
+        raise KeyboardInterrupt
+
+    shown = []
+    monkeypatch.setattr("builtins.print", lambda *text, **_: shown.append("".join(text)))
+    talk("أولًا", answer=interrupted)
+    assert "فصن …" in shown

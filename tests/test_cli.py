@@ -76,7 +76,9 @@ def test_what_init_prints_trains_as_it_is(model_dir, tmp_path, monkeypatch, caps
     assert Path("checkpoints", method, "run_summary.json").is_file()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["init", "dpo"], ["schema"], ["init", "ppo"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["init", "dpo"], ["schema"], ["init", "ppo"], ["data", "layouts"]]
+)
 def test_light_verbs_do_not_load_torch(tmp_path, arguments):
     program = (
         f"import sys; sys.argv = ['arabic-qwen', *{arguments!r}]\n"
@@ -91,7 +93,7 @@ def test_light_verbs_do_not_load_torch(tmp_path, arguments):
 def test_help_teaches(monkeypatch, capsys):
     _, text, _ = in_process(monkeypatch, capsys, "--help")
     verbs = re.findall(r"^ +arabic-qwen (\w+)", text, re.M)
-    assert verbs == ["doctor", "quickstart", "init", "train", "train", "chat", "compare"]
+    assert verbs == ["doctor", "quickstart", "data", "init", "train", "train", "chat", "compare"]
     for command in cli.app.registered_commands:
         name = command.name or command.callback.__name__
         _, text, _ = in_process(monkeypatch, capsys, name, "--help")

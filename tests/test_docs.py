@@ -36,6 +36,10 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "data" / "questions.csv").write_text(
         "question,answer\n" + "ما عاصمة مصر؟,القاهرة\n" * 12, encoding="utf-8"
     )
+    (tmp_path / "data" / "labelled.csv").write_text(
+        "text,dialect\n" + "".join(f"انا مش عايز كده {n},EGY\nوش تبي تسوي الحين {n},GLF\n" for n in range(9)),
+        encoding="utf-8",
+    )
     good, bad = {"instruction": "س", "response": "ج"}, {"instruction": "س", "response": ""}
     lines = [json.dumps(row) + "\n" for row in [*[good] * 12, bad]]
     (tmp_path / "data" / "with_bad_rows.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -71,7 +75,7 @@ def test_commands_run(page, workplace):
         if line.startswith("make "):
             assert line.removeprefix("make ") in targets
         else:
-            line = line.replace("python benchmarks/", f"{sys.executable} {ROOT}/benchmarks/")
+            line = re.sub(r"^python (benchmarks|scripts)/", rf"{sys.executable} {ROOT}/\1/", line)
             if line.startswith("arabic-qwen train") and "max_steps" not in line:
                 line += " max_steps=4"  # the command as it is, the training shorter
             run(["bash", "-e", "-o", "pipefail", "-c", line], workplace)

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "arabic_qwen"
 # A package imports from layers below its own, or from its own layer where that makes no circle.
 LAYERS = [
     {"arabic_qwen"},  # the version
-    {"errors", "files"},
+    {"errors", "files", "redaction"},
     {"config", "text", "losses", "terminal"},
     {"data", "models"},
     {"audit", "evaluation", "training"},

@@ -168,6 +168,19 @@ VALUES = {
         ["run/checkpoint-9 does not exist", "auto"],
     ),
     "output is a file": ("sft output_dir=sft.yaml", 2, ["output_dir: sft.yaml", "is a file", "choose another"]),
+    "unknown profile": ("sft normalize=compare", 2, ["normalize: must be train or false", "'compare'"]),
+    "unknown setting of diacritics": ("sft diacritics=remove", 2, ["diacritics: must be keep, strip or partial"]),
+    "unknown setting of a column": (
+        'sft diacritics={"response":"no"}',
+        2,
+        ["diacritics: must be keep, strip or partial"],
+    ),
+    "a column that no row has": (
+        'sft diacritics={"output":"strip"}',
+        2,
+        ["diacritics: no row has output; the rows' columns are instruction, response"],
+    ),
+    "negative samples": ("sft eval_samples=-1", 2, ["eval_samples: ", "greater than or equal to 0"]),
     "everything held out": ("sft validation_split=0.99", 2, ["validation_split", "leaves none to train on"]),
 }
 
@@ -224,7 +237,23 @@ BAD_ROWS = {
     "sft: two users": ("sft", {"messages": [TURN, TURN, {"role": "assistant", "content": "ج"}]}, ["must alternate"]),
     "sft: unknown role": ("sft", {"messages": [{"role": "teacher", "content": "a"}]}, ["'teacher' is no role", "use"]),
     "sft: control token": ("sft", {**SFT, "response": "a<|im_end|>b"}, ["control token <|im_end|>", "remove it"]),
+    "sft: a placeholder": (
+        "sft",
+        {**SFT, "response": "[إجابة]"},
+        ["response: is a placeholder ([إجابة])", "write the answer"],
+    ),
+    "sft: swapped roles": (
+        "sft",
+        {"messages": [{"role": "assistant", "content": "ج"}, TURN]},
+        ["the roles are swapped"],
+    ),
+    "sft: broken list in a text": (
+        "sft",
+        {"messages": "[{'role': 'user', 'content': 'it's"},
+        ["messages: is a list of messages stored as text, which is broken", "store a list"],
+    ),
     "sft: half a letter": ("sft", {**SFT, "response": "\ud800"}, ["response: ", "surrogate"]),
+    "dpo: rows of sft": ("dpo", SFT, ["such rows are for method sft"]),
     "dpo: rows of kto": ("dpo", {"prompt": "a", "completion": "b", "label": True}, ["such rows are for method kto"]),
     "sft: rows of dpo": ("sft", PAIR, ["such rows are for methods dpo, ipo"]),
     "sft: other names": ("sft", {"q": "a", "a": "b"}, ["has the columns q, a", "name yours in column_map"]),

@@ -11,7 +11,7 @@ from transformers import TextStreamer
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.conversations import Message
 from arabic_qwen.data.templates import render_prompt
-from arabic_qwen.terminal import direction_by_paragraph
+from arabic_qwen.terminal import direction_by_paragraph, displayed, is_visual
 from arabic_qwen.training.base_trainer import BaseTrainer
 
 HELP = """\
@@ -26,10 +26,17 @@ class _Streamer(TextStreamer):
     """Prints the answer as it comes and remembers it, for one that is stopped on the way."""
 
     said = ""
+    waiting = ""  # the line that can be put in visual order once it is whole
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.said += text
-        super().on_finalized_text(text, stream_end)
+        if not is_visual():
+            super().on_finalized_text(text, stream_end)
+            return
+        text = self.waiting + text + ("\n" if stream_end else "")
+        lines, newline, self.waiting = text.rpartition("\n")
+        if newline:
+            print(displayed(lines), flush=True)
 
 
 class Chat:
@@ -74,7 +81,7 @@ class Chat:
                 if line.startswith("/exit"):
                     return
                 if line.startswith("/"):
-                    print(self._command(line), file=sys.stderr)
+                    print(displayed(self._command(line), sys.stderr), file=sys.stderr)
                 elif line.strip():
                     self._answer(line.strip())
 
@@ -103,7 +110,7 @@ class Chat:
             (answer,) = self.trainer.respond([self._messages()], self.max_length, streamer=streamer, **self.sampling)
         except KeyboardInterrupt:
             answer = streamer.said
-            print(" …")
+            print(f"{displayed(streamer.waiting)} …")
         self.turns.append({"role": "assistant", "content": answer})
 
     def _messages(self) -> list[Message]:

@@ -16,6 +16,8 @@ import typer
 
 from arabic_qwen.cli_data import data
 from arabic_qwen.errors import ConfigurationError, DatasetError, TrainingError
+from arabic_qwen.redaction import RedactedStream
+from arabic_qwen.terminal import Formatter, displayed, isolated
 
 app = typer.Typer(
     help="""Fine-tune Qwen models for Arabic.
@@ -25,6 +27,7 @@ app = typer.Typer(
     \b
       arabic-qwen doctor                    what this machine can do
       arabic-qwen quickstart                all of it with a tiny model, 2 minutes
+      arabic-qwen data check rows.jsonl     what is wrong with your data
       arabic-qwen init sft > sft.yaml       put your model and your data there
       arabic-qwen train sft.yaml --dry-run  check it all, and what it would take
       arabic-qwen train sft.yaml            train
@@ -120,7 +123,7 @@ def train(
     if dry_run:
         from arabic_qwen import dry_run as rehearsal
 
-        print("\n".join(rehearsal.dry_run(settings)))
+        print(displayed("\n".join(rehearsal.dry_run(settings))))
         return
     from arabic_qwen.data.bad_rows import is_first_process
     from arabic_qwen.training.base_trainer import BaseTrainer
@@ -179,7 +182,6 @@ def compare(
         )
     _set_up_output()
     from arabic_qwen import comparison
-    from arabic_qwen.terminal import isolated
 
     compared = comparison.compare(model, prompt or [], prompts, count, max_length)
     if blind:
@@ -189,14 +191,16 @@ def compare(
         print(json.dumps(compared, ensure_ascii=False, indent=2))
     else:
         for row in compared:
-            print(f"\nprompt   {isolated(row['prompt'])}")
-            print(f"before   {isolated(row['reference_model_response'])}")
-            print(f"trained  {isolated(row['trained_model_response'])}")
+            print(f"\nprompt   {isolated(row['prompt'], 9)}")
+            print(f"before   {isolated(row['reference_model_response'], 9)}")
+            print(f"trained  {isolated(row['trained_model_response'], 9)}")
 
 
 def _set_up_output() -> None:
     """Our own messages as plain lines on stderr; libraries' only from warnings on, and their bars only on a terminal."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for name in ("arabic_qwen", "BaseTrainer", "SFTTrainer", "DPOTrainer"):
         logging.getLogger(name).setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -207,11 +211,15 @@ def _set_up_output() -> None:
 
 
 def main() -> None:
-    """Run the command; errors meant for users are one message and an exit code: 2 for configuration and data, else 1."""
+    """Run the command; errors meant for users are one message and an exit code: 2 for configuration and data, else 1.
+
+    Nothing that is printed, by whatever library, holds a secret.
+    """
+    sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
     try:
         app(prog_name="arabic-qwen")
     except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(displayed(f"error: {error}", sys.stderr), file=sys.stderr)
         sys.exit(2 if isinstance(error, (ConfigurationError, DatasetError)) else 1)
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith("arabic_qwen"):

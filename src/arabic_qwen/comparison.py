@@ -79,13 +79,14 @@ def rate(compared: list[dict[str, str]], ratings: Path, seed: int = 0) -> Counte
         if row["prompt"] in rated:
             continue
         order = random.Random(f"{seed} {row['prompt']}").sample(list(_SIDES), 2)
-        print(f"\n[{number}/{len(compared)}] {isolated(row['prompt'])}\n")
+        place = f"[{number}/{len(compared)}] "
+        print(f"\n{place}{isolated(row['prompt'], len(place))}\n")
         if row[_SIDES["trained"]] == row[_SIDES["reference"]]:
-            print(f"both answers are the same, a tie: {isolated(row[_SIDES['trained']])}")
+            print(f"both answers are the same, a tie: {isolated(row[_SIDES['trained']], 34)}")
             choice = "t"
         else:
             for letter, side in zip("AB", order, strict=True):
-                print(f"{letter}: {isolated(row[_SIDES[side]])}\n")
+                print(f"{letter}: {isolated(row[_SIDES[side]], 3)}\n")
             choice = _ask()
         if choice == "q":
             break

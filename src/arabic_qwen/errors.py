@@ -1,8 +1,13 @@
 """Exceptions for users: each message says what is wrong, where, and what to do about it."""
 
+from arabic_qwen.redaction import redact
+
 
 class TrainingError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose; its message holds no secrets."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(redact(message))
 
 
 class ModelLoadError(TrainingError):
@@ -15,3 +20,7 @@ class DatasetError(TrainingError):
 
 class ConfigurationError(TrainingError, ValueError):
     """A configuration has an unknown key, a bad value, or values that contradict each other."""
+
+
+class HostileTemplateError(TrainingError):
+    """A chat template exceeds the limits of its sandbox or tries to leave it."""

@@ -8,8 +8,9 @@ from typing import Any
 from arabic_qwen.config import DPOConfig, SFTConfig
 from arabic_qwen.data.conversations import to_conversation
 from arabic_qwen.models.sources import EMBEDDED_MODEL
+from arabic_qwen.terminal import isolated
 from arabic_qwen.training.dpo_trainer import DPOTrainer
-from arabic_qwen.training.report import METRICS_FILE, read_metrics
+from arabic_qwen.training.report import METRICS_FILE, read_entries
 from arabic_qwen.training.sft_trainer import SFTTrainer
 
 _SHOWN = 6  # held-out prompts that are answered before and after
@@ -67,10 +68,10 @@ def _fine_tune(model: str, data: str, output_dir: str, tiny: bool, common: dict[
 
     print("\nHeld-out prompts, none of them trained on:")
     for messages, old, new in zip(conversations, answers_before, answers_after, strict=True):
-        print(f"\n  prompt     {messages[-2]['content']}")
-        print(f"  reference  {messages[-1]['content']}")
-        print(f"  before     {_one_line(old)}")
-        print(f"  after      {_one_line(new)}")
+        print(f"\n  prompt     {isolated(messages[-2]['content'], 13)}")
+        print(f"  reference  {isolated(messages[-1]['content'], 13)}")
+        print(f"  before     {isolated(_one_line(old), 13)}")
+        print(f"  after      {isolated(_one_line(new), 13)}")
     print(f"\nHeld-out loss {before['eval_loss']:.3f} → {after['eval_loss']:.3f} nats per token", end="")
     print(f" (perplexity {before['eval_perplexity']:.1f} → {after['eval_perplexity']:.1f})")
 
@@ -88,7 +89,7 @@ def _prefer(model: str, output_dir: str, tiny: bool, common: dict[str, Any]) -> 
     print("\n2. Preference optimisation (DPO) of the result on sample:dpo, a tenth of the pairs held out")
     before = trainer.evaluate()
     trainer.train()
-    trained = [entry for entry in read_metrics(Path(output_dir, METRICS_FILE)) if "rewards/margins" in entry]
+    trained = [entry for entry in read_entries(Path(output_dir, METRICS_FILE)) if "rewards/margins" in entry]
     held_out = trainer.metrics["eval_rewards/margins"], trainer.metrics["eval_rewards/accuracies"]
     margins = " → ".join(f"{entry['rewards/margins']:.2f}" for entry in trained)
     print(f"\nMargin of chosen over rejected answers while training: {margins}")

@@ -290,3 +290,35 @@ def test_schema_describes_every_field():
 def test_sections_name_existing_fields():
     assert set(SFTConfig.sections) <= set(SFTConfig.model_fields)
     assert set(BaseConfig.sections) <= set(BaseConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("train", "train"), (True, "train"), (False, False), (None, False)], ids=str
+)
+def test_normalize(value, expected):
+    assert SFTConfig(normalize=value).normalize is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("normalize", "compare"),
+        ("normalize", ["train"]),
+        ("diacritics", "remove"),
+        ("diacritics", None),
+        ("diacritics", ["strip"]),
+        ("diacritics", {"output": "remove"}),
+        ("diacritics", {"output": ["strip"]}),
+    ],
+    ids=str,
+)
+def test_bad_normalisation(name, value):
+    with pytest.raises(ConfigurationError, match=f"^{name}: must be") as error:
+        SFTConfig(**{name: value})
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_diacritics_by_column_go_through_yaml(tmp_path):
+    config = SFTConfig(diacritics={"instruction": "strip", "output": "keep"}, normalize=False)
+    config.to_yaml(tmp_path / "run.yaml")
+    assert SFTConfig.from_yaml(tmp_path / "run.yaml") == config

@@ -1,12 +1,13 @@
+import contextlib
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import TrainerCallback
 
-from arabic_qwen.config import BaseConfig, SFTConfig
+from arabic_qwen.config import BaseConfig, SFTConfig, load_config
 from arabic_qwen.config.base import PROMPT_FORMAT
 from arabic_qwen.config.yaml_io import dump_yaml, read_config_file
 from arabic_qwen.errors import ConfigurationError
@@ -299,3 +300,71 @@ def test_base_config_reads_any_method_file_of_its_own_class(tmp_path):
     assert OwnConfig.from_yaml(path).lora_r == 3
     with pytest.raises(ConfigurationError, match="'own' is not 'sft'"):
         SFTConfig.from_yaml(path)
+
+
+class TestHostileFiles:
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [
+            ("a: &x [1]\nb: *x", "run.yaml:2: not valid YAML (aliases are not read)"),
+            (
+                "a0: &a0 [a, a]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60)),
+                "run.yaml:2: not valid YAML (aliases are not read)",
+            ),
+            ("a: &a [*a]", "aliases are not read"),
+            ("a: !!python/object/apply:os.system ['touch marker']", "could not determine a constructor for the tag"),
+            ("a: !!python/name:os.system", "could not determine a constructor for the tag"),
+            ("!!python/object/new:subprocess.Popen [['touch', 'marker']]", "could not determine a constructor"),
+            ("a: !!python/module:os", "could not determine a constructor"),
+            ("a: !<tag:yaml.org,2002:python/object/apply:eval> ['1']", "could not determine a constructor"),
+            ("a: " + "[" * 5000, "recursion"),
+            ("a: " + "9" * 5000, "a number is too long"),
+            ("a: " + "1:" * 100_000 + "1", "a number is too long"),
+            ("a: 0x" + "f" * 100_000, "a number is too long"),
+            ("a: !!bool maybe", "maybe"),
+            ("a: !!timestamp never", "not valid YAML"),
+            ("a: !!int ''", "not valid YAML"),
+            ("? [a]\n: b", "unhashable"),
+            ("#" * (2**20 + 1), "has more than 1,048,576 characters"),
+        ],
+    )
+    def test_are_one_error(self, read, tmp_path, monkeypatch, text, reason):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ConfigurationError) as error:
+            read(text)
+        assert reason in str(error.value)
+        assert len(str(error.value)) < 500
+        assert not (tmp_path / "marker").exists()
+
+    @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.binary(max_size=200) | st.text(alphabet="{}[]:,-?&*!|>'\"%@`#\n\t a1.e~<=$", max_size=60))
+    @example(b"method: sft\n\x00")
+    @example("method: !!binary YQ==")
+    @example("{1: 2, 1.0: 3}")
+    def test_any_bytes(self, tmp_path, text):
+        path = tmp_path / "run.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with contextlib.suppress(ConfigurationError):
+            load_config(path)
+
+    @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        st.dictionaries(
+            st.sampled_from(sorted(SFTConfig.model_fields)),
+            st.recursive(
+                st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(10**399) | st.dates(),
+                lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+                max_leaves=5,
+            ),
+            max_size=4,
+        )
+    )
+    def test_any_values(self, tmp_path, values):
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({"method": "sft", **values}), encoding="utf-8")
+        try:
+            config = load_config(path)
+        except ConfigurationError:
+            return
+        config.to_yaml(path)
+        load_config(path)

@@ -1,5 +1,6 @@
 import pytest
 
+from arabic_qwen.data.bad_rows import RowError
 from arabic_qwen.data.conversations import to_conversation
 
 
@@ -123,7 +124,7 @@ def test_own_system_column_comes_before_the_general_one():
 
 
 WRONG_ROWS = [
-    ({}, r"has the columns \(none\), but needs instruction \+ response"),
+    ({}, r"has the columns \(none\), but needs messages or .*instruction \+ response"),
     ({"text": "x"}, "has the columns text, but needs"),
     ({"instruction": "x"}, "has the columns instruction, but needs"),
     ({"prompt": "x", "chosen": "a"}, "has the columns prompt, chosen, but needs"),
@@ -179,3 +180,11 @@ def test_history_of_alpaca_rows():
     assert [m["content"] for m in to_conversation(row)] == ["مرحبا", "أهلًا", "كيف حالك؟", "بخير", "والآن؟", "نعم."]
     with pytest.raises(ValueError, match="history"):
         to_conversation(row | {"history": ["مرحبا"]})
+
+
+def test_text_in_a_wrong_encoding_is_a_bad_row():
+    broken = "العربية لغة جميلة".encode().decode("latin-1")
+    with pytest.raises(RowError, match="response: was read in a wrong encoding") as raised:
+        to_conversation({"instruction": "ما العربية؟", "response": broken})
+    assert raised.value.code == "mojibake"
+    assert to_conversation({"instruction": f"أصلح: {broken}", "response": "العربية لغة جميلة"})

@@ -71,6 +71,7 @@ groups = st.lists(
         st.lists(tokens, min_size=1, max_size=6).map(lambda ids: np.array(ids, dtype=np.int32)),
         st.lists(completions(), max_size=4).map(tuple),
         lengths=st.none(),
+        tag=st.integers(0, 5),
     ),
     min_size=1,
     max_size=5,

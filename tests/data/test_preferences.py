@@ -136,7 +136,7 @@ class TestPairs:
             (pair(chosen=[assistant("ج")], rejected="ج"), "chosen and rejected are the same"),
             (pair(chosen=[]), "does not end with an answer of the assistant"),
             (pair(chosen=[assistant("")]), "chosen[0].content: is empty"),
-            (pair(chosen=["ج"]), "chosen[0]: must be an object with role and content, found a str"),
+            (pair(chosen=["ج", "د"]), "chosen[0]: must be an object with role and content, found a str"),
             (pair(chosen=[{"role": "tool", "content": "ج"}]), "chosen[0].role: 'tool' is no role"),
             (pair(chosen=[user("ج")]), "does not end with an answer of the assistant"),
             (pair(prompt=[user("س"), assistant("ج")]), "turn 3 is by assistant"),

@@ -146,7 +146,7 @@ class TestHub:
                 raise ValueError("Unknown split \"dev\". Should be one of ['train'].\nmore")
             return datasets.Dataset.from_list(TABLE)
 
-        monkeypatch.setattr(sources.datasets, "load_dataset", load)
+        monkeypatch.setattr(datasets, "load_dataset", load)
         rows = read("org/name", dataset_config="ar")
         assert [(row.where, row.values) for row in rows] == [(f"org/name:row {i}", v) for i, v in enumerate(TABLE, 1)]
         read([{"path": "org/name", "split": "test", "config": "en"}])

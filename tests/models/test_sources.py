@@ -126,7 +126,6 @@ class TestArchitectures:
             ({"model_type": "qwen2_moe"}, "is of model_type 'qwen2_moe'"),
             ({"model_type": "qwen2_5_vl"}, "is of model_type 'qwen2_5_vl'"),
             ({"model_type": "none_such"}, "is of model_type 'none_such'"),
-            ({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}, "brings code of its own (auto_map)"),
             ({"architectures": ["Qwen2ForSequenceClassification"]}, "is a Qwen2ForSequenceClassification"),
             ({"quantization_config": {"quant_method": "gptq"}}, "is quantised already (gptq)"),
         ],
@@ -135,11 +134,6 @@ class TestArchitectures:
         edit(folder / "config.json", **values)
         assert message(folder).startswith(f"{folder}: {reason}")
         assert "; choose " in message(folder)
-
-    def test_no_code_of_a_supported_model_is_run(self, folder):
-        edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "own.Own"})
-        (folder / "own.py").write_text("raise SystemExit('was run')")
-        assert type(load_model(str(folder), FLOAT32, trainable=False)).__name__ == "Qwen2ForCausalLM"
 
 
 class TestTokenizers:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arabic_qwen.text.scripts import arabic_share, script_shares
+from arabic_qwen.text.scripts import arabic_share, leaked_scripts, script_shares
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,31 @@ def test_arabic_share():
     assert arabic_share("كتاب book") == 0.5
     assert arabic_share("book") == 0.0
     assert arabic_share("42") is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "leaked"),
+    [
+        ("ما فوائد القراءة؟", "توسع المدارك", []),
+        ("ما فوائد القراءة؟", "توسع المدارك 并且 تنمي الخيال", ["Han"]),
+        ("من كتب الحرب والسلم؟", "تولستوي (Лев Толстой)", []),
+        ("من كتب الحرب والسلم؟", "تولستوي (Лев Толстой) из", ["Cyrillic"]),
+        ("ما عاصمة الاتحاد السوفيتي؟", "Москва 你", ["Cyrillic", "Han"]),
+        ("ما معنى 你好 بالعربية؟", "معنى 你好 هو مرحبا", []),
+        ("من صنع الهاتف؟", "صنعته شركة Apple.", []),
+        ("ما النسبة؟", "هي π تقريبًا", []),
+        ("ما عاصمة مصر؟", "The capital is Cairo.", ["Latin"]),
+        ("ترجم الكلمة hello بطريقتين", "The word is hello.", []),
+        ("ما عاصمة مصر؟", "", []),
+        ("ترجم إلى الإنجليزيّة: عاصمة مصر هي القاهرة", "The capital is Cairo.", None),
+        ("ما اسم عاصمة الصين بلغتها؟", "北京", None),
+        ("ما الناتج؟", "`print(x)` https://example.com", []),
+        ("What is the capital?", "北京", None),
+        ("42", "北京", None),
+    ],
+)
+def test_leaked_scripts(prompt, answer, leaked):
+    assert leaked_scripts(prompt, answer) == leaked
 
 
 @given(st.text())

@@ -91,6 +91,7 @@ def preference_config(method: str, model_dir: Any, data: Any, folder: Any, **val
         per_device_train_batch_size=4,
         max_steps=3,
         logging_steps=1,
+        eval_samples=0,
     )
     return CONFIGS[method](**(settings | values))
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, get_scheduler
 
-from arabic_qwen.config import SFTConfig, load_config
+from arabic_qwen.config import DPOConfig, SFTConfig, load_config
 from arabic_qwen.errors import ConfigurationError, DatasetError, ModelLoadError, TrainingError
 from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.sft_trainer import SFTTrainer, create_sft_trainer
@@ -29,6 +29,7 @@ def config(model_dir, sft_file, tmp_path):
         learning_rate=1e-3,
         max_steps=2,
         validation_split=0.25,
+        eval_samples=0,
     )
 
 
@@ -262,6 +263,12 @@ class TestTrain:
         config.overwrite_output_dir = True
         create_sft_trainer(config).train()
 
+    def test_a_finished_run_of_a_version_that_did_not_normalise(self, trained, config, caplog):
+        record = Path(config.output_dir, "training_config.yaml")
+        record.write_text("\n".join(line for line in record.read_text().splitlines() if "normalize" not in line))
+        create_sft_trainer(config).train()
+        assert "holds this run, finished" in caplog.text
+
     def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(self, trained, config, caplog):
         Path(config.output_dir, "run_summary.json").unlink()
         Path(config.output_dir, "checkpoint-3").mkdir()
@@ -399,6 +406,20 @@ class TestSavingAndLoading:
         other.train()
         assert any(not torch.equal(p, start[n]) for n, p in other.model.named_parameters() if "lora_B" in n)
 
+    def test_questions_are_read_as_in_training(self, config):
+        config.diacritics = {"instruction": "strip", "response": "keep"}
+        trained = create_sft_trainer(config)
+        trained.train()
+        other = BaseTrainer(SFTConfig(model_name="unused", torch_dtype="float32"))
+        other.load_model(config.output_dir)
+        assert other.config.diacritics == config.diacritics
+        plain, typed = "ما عاصمة الأردن؟", "مَـا عاصِمَة ﺍﻷﺭﺩﻥ؟\u200f"
+        answer = other.predict(plain, max_length=6, do_sample=False)
+        assert other.predict(typed, max_length=6, do_sample=False) == answer
+        other.config.normalize, other.config.diacritics = False, "keep"
+        assert other.predict(plain, max_length=6, do_sample=False) == answer
+        assert other.predict(typed, max_length=6, do_sample=False) != answer
+
 
 class TestStages:
     @pytest.mark.parametrize("second", ["adapter", "full"])
@@ -429,6 +450,38 @@ class TestStages:
         changes.get_data_loader()
         assert "### Instruction" in changes.tokenizer.chat_template
         assert "unset it to keep that one" in caplog.text
+
+    def test_normalisation_of_the_first_stage_is_kept_unless_another_is_named(self, config, tmp_path):
+        config.normalize, config.diacritics = False, "strip"
+        create_sft_trainer(config).train()
+        values = {"model_name": config.output_dir, "dataset_path": config.dataset_path, "torch_dtype": "float32"}
+        for given, expected in (({}, (False, "strip")), ({"diacritics": "keep"}, (False, "keep"))):
+            later = BaseTrainer(SFTConfig(**values, **given))
+            later.get_data_loader()
+            assert (later.config.normalize, later.config.diacritics) == expected
+
+    def test_diacritics_by_column_of_an_earlier_stage(self, config, tmp_path):
+        """Its questions were read as `instruction`; so are the prompts of this stage, and its answers keep theirs."""
+        config.diacritics = {"instruction": "strip", "response": "keep"}
+        create_sft_trainer(config).train()
+        rows = [{"prompt": f"مَن {n}؟", "chosen": "عُمَرُ", "rejected": "لا"} for n in range(4)]
+        data = tmp_path / "pairs.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        values = dict(model_name=config.output_dir, dataset_path=str(data), torch_dtype="float32", eval_samples=0)
+        values |= dict(max_steps=1, output_dir=str(tmp_path / "second"))
+        second = BaseTrainer(DPOConfig(**values))
+        second.train()
+        given = second.config.diacritics
+        assert given == config.diacritics
+        again = BaseTrainer(DPOConfig(**values | {"output_dir": str(tmp_path / "again"), "diacritics": given}))
+        again.train()  # as the second's own config.yaml says
+        (group,) = second.data_loader.encode(rows[:1])
+        assert "من 0" in second.tokenizer.decode(group.prompt)
+        assert "عُمَرُ" in second.tokenizer.decode(group.completions[0].ids)
+        own = DPOConfig(**values | {"model_name": config.model_name, "output_dir": str(tmp_path / "own")})
+        own.diacritics = given
+        with pytest.raises(ConfigurationError, match="no row has instruction, response"):
+            BaseTrainer(own).train()
 
     def test_own_template_goes_with_the_output(self, config, tmp_path):
         path = tmp_path / "own.jinja"

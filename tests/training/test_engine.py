@@ -12,7 +12,6 @@ from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.packing import pack
 from arabic_qwen.models.adapters import add_lora
 from arabic_qwen.training.base_trainer import BaseTrainer
-from arabic_qwen.training.engine import _StepSampler
 from tests.training.preference_runs import relative_difference, train_on_two_processes
 
 
@@ -34,6 +33,7 @@ def sft_config(model_dir, sft_file, output_dir, **values):
         per_device_train_batch_size=2,
         max_steps=3,
         logging_steps=1,
+        eval_samples=0,
     )
     return SFTConfig(**(settings | values))
 
@@ -157,50 +157,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(model_dir, sft_file, tmp_p
     assert steps == sorted(steps)
 
 
-def test_sampler_shows_every_sequence_once_to_some_rank():
-    class Args:
-        train_sampling_strategy, seed, data_seed, world_size = "random", 1, None, 3
-        per_device_train_batch_size, gradient_accumulation_steps = 2, 2
-
-    seen = []
-    for rank in range(3):
-        Args.process_index = rank
-        sampler = _StepSampler(Args, [1] * 31, [True] * 31, epoch=lambda: 0)
-        batches = list(sampler)
-        assert len(batches) == len(sampler) == 6  # 31 sequences: two steps of 12 in two slots each, one of 7 in two
-        assert [len(b) for b in batches[::2]] == [0, 0, 0]
-        seen += [index for batch in batches for index in batch]
-    assert sorted(seen) == list(range(31))
-
-
-def test_epochs_are_shuffled_differently_and_seeded():
-    class Args:
-        train_sampling_strategy, seed, data_seed, world_size, process_index = "random", 1, 7, 1, 0
-        per_device_train_batch_size, gradient_accumulation_steps = 2, 1
-
-    def order(epoch):
-        return _StepSampler(Args, [1] * 20, [True] * 20, epoch=lambda: epoch).order()
-
-    assert order(0) == order(0) != order(1)
-    Args.train_sampling_strategy = "group_by_length"
-    lengths = [i % 5 for i in range(400)]
-    grouped = list(_StepSampler(Args, lengths, [True] * 400, epoch=lambda: 0))
-    assert sum(lengths[a] == lengths[b] for a, b in grouped) > 150
-
-
-def test_every_step_has_its_share_of_both_classes():
-    class Args:
-        train_sampling_strategy, seed, data_seed, world_size, process_index = "random", 1, None, 1, 0
-        per_device_train_batch_size, gradient_accumulation_steps = 4, 2
-
-    labels = [i % 4 == 0 for i in range(64)]  # a quarter is desirable
-    for strategy in ("random", "group_by_length"):
-        Args.train_sampling_strategy = strategy
-        steps = [batch for batch in _StepSampler(Args, [1] * 64, labels, epoch=lambda: 3) if batch]
-        assert [sum(labels[i] for i in step) for step in steps] == [2] * 8
-        assert steps[0] != sorted(steps[0])
-
-
 def test_packed_sequences_fill_max_seq_length(model_dir, sft_file, tmp_path):
     trainer = BaseTrainer(sft_config(model_dir, sft_file, tmp_path, packing=True, max_seq_length=128, max_steps=1))
     trainer.train()
@@ -224,7 +180,7 @@ def test_evaluation_is_the_token_mean_over_the_whole_set(model_dir, sft_file, tm
 
 def test_two_processes_equal_one(model_dir, sft_file, tmp_path):
     """Batch 2 on one process equals batch 1 on two, at a ragged end too (an odd number of rows, one epoch)."""
-    values = dict(max_steps=None, num_train_epochs=1, save_steps=100, validation_split=0.25)
+    values = dict(max_steps=None, num_train_epochs=1, save_steps=100, validation_split=0.25, eval_samples=2)
     one, trainer = trained_weights(sft_config(model_dir, sft_file, tmp_path / "one", **values))
     assert len(trainer.dataset["train"]) % 2 == 1
     config = sft_config(
@@ -242,3 +198,5 @@ def test_two_processes_equal_one(model_dir, sft_file, tmp_path):
         for n in ("one", "two")
     ]
     assert losses[0][-1] == pytest.approx(losses[1][-1], abs=1e-5)
+    samples = [(tmp_path / name / "samples.jsonl").read_text(encoding="utf-8").splitlines() for name in ("one", "two")]
+    assert len(samples[0]) == len(samples[1])

@@ -246,6 +246,7 @@ class TestLengthBias:
             others=torch.arange(1, 2 * len(margins), 2),
             others_group=torch.arange(len(margins)),
             label=torch.ones(len(margins), dtype=torch.bool),
+            tags=torch.zeros(len(margins), dtype=torch.int64),
             mean_chosen_length=1.0,
         )
         sums = _pair_sums(lambda scores: scores.policy)(scores)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -55,7 +55,7 @@ TorchDtype = Annotated[
 
 
 #: What a later stage takes over from the run that it goes on from, where it is unset.
-PROMPT_FORMAT = ("instruction_template", "response_template", "system_prompt")
+PROMPT_FORMAT = ("instruction_template", "response_template", "system_prompt", "normalize", "diacritics")
 
 TEMPLATE_SUFFIXES = (".jinja", ".j2")
 
@@ -67,6 +67,27 @@ def _check_template(value: str) -> str:
 
 
 Template = Annotated[Text, AfterValidator(_check_template)]
+
+
+def _check_normalize(value: Any) -> Any:
+    if value in (None, False, True):
+        return "train" if value else False
+    if value != "train":
+        raise ValueError("must be train or false; no other profile is for text that a model learns")
+    return value
+
+
+DiacriticsSetting = Literal["keep", "strip", "partial"]
+
+
+def _check_diacritics(value: Any) -> Any:
+    settings = value.values() if isinstance(value, dict) else [value]
+    if not all(setting in get_args(DiacriticsSetting) for setting in settings):
+        raise ValueError("must be keep, strip or partial, or a mapping from columns to these")
+    return value
+
+
+Diacritics = Annotated[DiacriticsSetting | dict[str, DiacriticsSetting], BeforeValidator(_check_diacritics)]
 
 
 #: The configuration class of each method; a class that names its `method` is listed by that.
@@ -119,6 +140,14 @@ class BaseConfig(BaseModel):
     )
     max_bad_rows: int = Field(
         0, ge=0, description="Rows that cannot be trained on and may be left out (into bad_rows.jsonl); more: an error"
+    )
+    normalize: Annotated[Literal["train", False], BeforeValidator(_check_normalize)] = Field(
+        "train", description="Normalise Arabic text by this profile (docs/arabic_data.md); false: read it as it is"
+    )
+    diacritics: Diacritics = Field(
+        "keep",
+        description="keep, strip or partial (keeps shadda and tanwin), for all text or by column: "
+        "{instruction: strip, output: keep}",
     )
     streaming: bool = Field(
         False, description="Read training rows as training goes on, for data larger than memory; needs max_steps"
@@ -195,6 +224,13 @@ class BaseConfig(BaseModel):
 
     evaluation_strategy: Strategy = Field("steps", description="When to evaluate: no, steps, epoch")
     eval_steps: int = Field(500, ge=1, description="Steps between evaluations")
+    eval_samples: int = Field(
+        4, ge=0, description="Held-out prompts that the model answers at each evaluation (into samples.jsonl); 0: none"
+    )
+    dialect_model: Text | None = Field(
+        None,
+        description="Dialect classifier, a file of `arabic-qwen data fit-dialects`; null: the one that comes along",
+    )
     save_strategy: Strategy = Field("steps", description="When to save checkpoints: no, steps, epoch")
     save_steps: int = Field(1000, ge=1, description="Steps between checkpoints")
     save_total_limit: int | None = Field(3, ge=1, description="Checkpoints kept; null: all")

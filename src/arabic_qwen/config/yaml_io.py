@@ -10,12 +10,30 @@ from typing import Any, NamedTuple
 import yaml
 
 from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.redaction import is_secret, redact
+
+_LONGEST = 2**20  # characters of a file
+_LONGEST_NUMBER = 400  # characters
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 _VARIABLE = re.compile(r"\$(\$\{)|\$\{(\w+)(?::-([^}]*))?\}")  # `$${` stands for `${` itself
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice, of which YAML would quietly keep the last."""
+    """Refuses a key that is written twice, of which YAML would quietly keep the last, and aliases.
+
+    A few lines of aliases of aliases stand for more values than fit into memory.
+    """
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_scalar(self, node):
+        if node.tag in _NUMBERS and len(node.value) > _LONGEST_NUMBER:  # 1:2:3 … is one, in time of the square
+            raise yaml.constructor.ConstructorError(None, None, "a number is too long", node.start_mark)
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -32,7 +50,7 @@ class _OneLineDumper(yaml.SafeDumper):
 
 def _represent_str(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
     style = '"' if re.search("[\n\r\x85\u2028\u2029]", value) else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value.replace("${", "$${"), style=style)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", redact(value).replace("${", "$${"), style=style)
 
 
 _OneLineDumper.add_representer(
@@ -42,7 +60,7 @@ _OneLineDumper.add_representer(str, _represent_str)
 
 
 def dump_yaml(values: dict[str, Any]) -> str:
-    """`values` as YAML text, keys in order, Arabic unescaped."""
+    """`values` as YAML text, keys in order, Arabic unescaped, without secrets."""
     return yaml.dump(values, Dumper=_OneLineDumper, sort_keys=False, allow_unicode=True, width=10_000)
 
 
@@ -62,14 +80,17 @@ def read_config_file(path: str | os.PathLike, overrides: list[str]) -> ConfigFil
     """Read a YAML mapping, apply `key=value` overrides, then fill in `${NAME:-default}`.
 
     Raises:
-        ConfigurationError: the file is missing or malformed, an override has no `=`, or a variable is unset.
+        ConfigurationError: the file is missing or malformed, an override has no `=`, or a variable is unset or a secret.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(_LONGEST + 1)
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    if len(text) > _LONGEST:
+        raise ConfigurationError(f"{path}: has more than {_LONGEST:,} characters; give a YAML file of settings")
     values, lines = _parse(text, str(path))
     if values is None:
         values = {}
@@ -95,10 +116,10 @@ def _parse(text: str, source: str) -> tuple[Any, dict[str, int]]:
         value = None if node is None else loader.construct_document(node)
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         return value, {str(loader.construct_object(key)): key.start_mark.line + 1 for key, _ in pairs}
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
+    except Exception as error:  # YAML's own, or what a tag's value fails with: a date such as 2024-13-01
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        reason = getattr(error, "problem", None) or str(error).split("\n")[0] or type(error).__name__
         raise ConfigurationError(f"{where}: not valid YAML ({reason}); check indentation, quotes and colons") from None
 
 
@@ -114,6 +135,11 @@ def _substitute(value: Any, source: str) -> Any:
         literal, name, default = match.groups()
         if literal:
             return literal
+        if is_secret(name):
+            raise ConfigurationError(
+                f"{source}: {name} is a secret, which no setting holds; leave it out: the libraries that need it read it "
+                "from the environment"
+            )
         found = os.environ.get(name) or default  # like the shell, `:-` also replaces an empty value
         if found is None:
             raise ConfigurationError(

@@ -9,11 +9,20 @@ from typing import Any, NamedTuple
 
 from arabic_qwen.errors import DatasetError
 from arabic_qwen.files import write_atomically
+from arabic_qwen.redaction import redact
 
 #: File of a run's output folder, one JSON object a line: `where`, `reason`, `row`.
 BAD_ROWS_FILE = "bad_rows.jsonl"
 
 _SHOWN = 10
+
+
+class RowError(ValueError):
+    """A row cannot be trained on; `code` says why in one word, a key of `arabic_qwen.audit.findings.CODES`."""
+
+    def __init__(self, message: str, code: str = "broken_row"):
+        super().__init__(message)
+        self.code = code
 
 
 class BadRow(NamedTuple):
@@ -89,7 +98,7 @@ class BadRows:
             self.file.unlink(missing_ok=True)
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(entry, ensure_ascii=False, default=str) + "\n" for entry in self._found.values()]
+        lines = [redact(json.dumps(entry, ensure_ascii=False, default=str)) + "\n" for entry in self._found.values()]
         # JSON's own escapes for halves of surrogate pairs, which UTF-8 lacks
         write_atomically(self.file, "".join(lines).encode("utf-8", "backslashreplace"))
 

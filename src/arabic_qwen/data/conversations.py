@@ -1,55 +1,67 @@
-"""Recognises the row layouts of supervised data and turns each row into a conversation."""
+"""Turns each row of supervised data into a conversation, whatever its layout."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+from arabic_qwen.data.bad_rows import RowError
+from arabic_qwen.data.layouts import LAYOUTS, MESSAGE_COLUMNS, canonical, recognise, role_of
+from arabic_qwen.text.encoding import MOSTLY, mojibake_share
+from arabic_qwen.text.normalization import normalize
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-}
+_NEEDED = " or ".join(" + ".join(layout.columns) for layout in LAYOUTS if "sft" in layout.methods)
 
-LAYOUTS = "instruction + response, instruction + input + output, prompt + completion, messages, or conversations"
+# Answers that are none, in the spelling of profile `compare`. Short, and without what may be an answer: لا, لا يوجد, NA,
+# and None, null, nan, undefined or - to a question about code or data.
+_PLACEHOLDERS = {
+    *("n/a", "todo", "tbd", "placeholder", "...", "--", "---"),
+    *("lorem ipsum", "lorem ipsum dolor sit amet"),
+    *("لا يوجد رد", "لا توجد اجابه", "لا توجد استجابه", "بدون اجابه", "بدون رد"),
+    *(
+        f"{opening}{word}{closing}"
+        for word in ("answer", "response", "output", "your answer here", "اجابه", "الاجابه", "جواب", "الجواب", "الرد")
+        for opening, closing in ("[]", "<>", "{}")
+    ),
+}
+_TO_BE_WRITTEN = re.compile(
+    r"""
+    (?:todo|tbd)\W+(?:write|add|fill|insert)\b.*\b(?:answer|response|output)
+  | (?:write|enter|insert|add|put)\ (?:your|the|an)\ (?:answer|response)\ here
+  | (?:ادخل|اكتب|ضع|اضف)\ (?:اجابت|الاجاب|جواب|الجواب|رد|الرد)\w{0,2}\ هنا
+    """,
+    re.VERBOSE,
+)
+_LONGEST_PLACEHOLDER = 40
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def to_conversation(values: dict[str, Any], system_prompt: str | None = None) -> list[Message]:
     """The row's messages in order, ending with an assistant turn.
 
-    Layouts, by their columns: `instruction` + `response`; Alpaca's `instruction` + `input` + `output`, with
-    `history` or without; `prompt` +
-    `completion`, as strings or as lists of messages; `messages` of role/content; `conversations` of from/value. A
-    `system` column, or else `system_prompt`, is put before a conversation that does not start with a system message.
+    `arabic_qwen.data.layouts.LAYOUTS` lists the layouts of method sft. A `system` column, or else `system_prompt`, is
+    put before a conversation that does not start with a system message.
 
     Raises:
-        ValueError: the layout is not one of these, a field is missing, empty or no string, or turns do not alternate.
+        RowError: no such layout, a field is missing, empty or no string, or turns do not alternate.
     """
-    if "messages" in values:
-        messages = read_messages(values["messages"], "messages")
-    elif "conversations" in values:
-        messages = read_messages(values["conversations"], "conversations")
-    elif "prompt" in values and "completion" in values:
-        messages = _turn(values, "prompt", "user") + _turn(values, "completion", "assistant")
-    elif "instruction" in values and ("response" in values or "output" in values):
-        answer = "response" if "response" in values else "output"
-        question = field_text(values, "instruction")
-        if values.get("input") and str(values["input"]).strip():
-            question += "\n\n" + field_text(values, "input")
-        messages = _history(values.get("history") or [])
-        messages += [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": field_text(values, answer)},
-        ]
+    layout = recognise(values, "sft")
+    if layout is None:
+        raise wrong_columns(values, _NEEDED)
+    values, _ = canonical(values)
+    if len(layout.columns) == 1:
+        messages = read_messages(values[layout.columns[0]], layout.columns[0])
     else:
-        raise wrong_columns(values, LAYOUTS)
-
+        question, answer = layout.columns
+        messages = _history(values.get("history") or []) if question == "instruction" else []
+        messages += read_question(values, question) + _turn(values, answer, "assistant")
+    for position, message in enumerate(messages):
+        if message["role"] == "assistant":
+            place = f"[{position}]" if len(layout.columns) == 1 else ""
+            check_answer(message["content"], layout.columns[-1] + place)
     if messages and messages[0]["role"] != "system":
         system = field_text(values, "system") if values.get("system") else system_prompt
         if system:
@@ -58,63 +70,91 @@ def to_conversation(values: dict[str, Any], system_prompt: str | None = None) ->
     return messages
 
 
-def wrong_columns(values: dict[str, Any], needed: str) -> ValueError:
+def wrong_columns(values: dict[str, Any], needed: str) -> RowError:
     """What to say of a row that lacks columns."""
-    if {"completion", "label"} <= values.keys():
-        hint = "such rows are for method kto"
-    elif {"chosen", "rejected"} <= values.keys():
-        hint = "such rows are for methods dpo, ipo, cpo, simpo and orpo"
-    else:
-        hint = "name yours in column_map"
-    return ValueError(f"has the columns {', '.join(values) or '(none)'}, but needs {needed}; {hint}")
+    layout = recognise(values)
+    hint = "name yours in column_map (`arabic-qwen data layouts` shows all)"
+    if layout:
+        *others, last = layout.methods
+        hint = f"such rows are for method{'s' if others else ''} {', '.join(others)}{' and ' if others else ''}{last}"
+    return RowError(f"has the columns {', '.join(values) or '(none)'}, but needs {needed}; {hint}")
 
 
 def _history(pairs: Any) -> list[Message]:
     """Earlier turns as LLaMA-Factory writes them: [[question, answer], …]."""
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise ValueError("history: must be a list of [question, answer] pairs")
+        raise RowError("history: must be a list of [question, answer] pairs")
     sides = [(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
-    return [{"role": role, "content": field_text({"history": text}, "history")} for role, text in sides]
+    return [{"role": role, "content": field_text({"history": text}, "history", role=role)} for role, text in sides]
+
+
+def read_question(values: dict[str, Any], column: str) -> list[Message]:
+    """The turns before the answer: text or a list of messages; an `instruction` may have an `input`."""
+    messages = _turn(values, column, "user")
+    if column == "instruction" and values.get("input") and str(values["input"]).strip():
+        messages[-1]["content"] += "\n\n" + field_text(values, "input")
+    return messages
 
 
 def _turn(values: dict[str, Any], column: str, role: str) -> list[Message]:
-    if isinstance(values[column], list):
+    if isinstance(values[column], list) and column in MESSAGE_COLUMNS:
         return read_messages(values[column], column)
-    return [{"role": role, "content": field_text(values, column)}]
+    return [{"role": role, "content": field_text(values, column, role=role)}]
 
 
 def read_messages(items: Any, column: str) -> list[Message]:
+    """The messages of a list, with our names of the roles."""
     if not isinstance(items, list):
-        raise ValueError(f"{column}: must be a list of messages, found a {type(items).__name__}")
+        raise RowError(f"{column}: must be a list of messages, found a {type(items).__name__}")
     messages = []
     for position, item in enumerate(items):
         place = f"{column}[{position}]"
         if not isinstance(item, dict):
-            raise ValueError(f"{place}: must be an object with role and content, found a {type(item).__name__}")
+            raise RowError(f"{place}: must be an object with role and content, found a {type(item).__name__}")
         role_key, text_key = ("from", "value") if "from" in item else ("role", "content")
-        role = item.get(role_key)
-        if not isinstance(role, str) or role not in _ROLES:
-            raise ValueError(f"{place}.{role_key}: {role!r} is no role; use system, user or assistant")
-        messages.append({"role": _ROLES[role], "content": field_text(item, text_key, f"{place}.")})
+        name = item.get(role_key)
+        role = role_of(name)[0] if isinstance(name, str) else None
+        if role is None:
+            raise RowError(f"{place}.{role_key}: {name!r} is no role; use system, user or assistant")
+        messages.append({"role": role, "content": field_text(item, text_key, f"{place}.", role)})
     return messages
 
 
-def field_text(values: dict[str, Any], key: str, place: str = "") -> str:
+def field_text(values: dict[str, Any], key: str, place: str = "", role: str = "") -> str:
+    """The text in a field, which says something; `role`: whose text it is."""
     text = values.get(key)
     if not isinstance(text, str):
-        raise ValueError(f"{place}{key}: must be text, found {'nothing' if text is None else type(text).__name__}")
+        raise RowError(f"{place}{key}: must be text, found {'nothing' if text is None else type(text).__name__}")
     if not text.strip():
-        raise ValueError(f"{place}{key}: is empty")
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError(f"{place}{key}: has half of a surrogate pair (a broken \\u escape), which is no character")
+        raise RowError(f"{place}{key}: is empty", "empty_answer" if role == "assistant" else "broken_row")
+    if _SURROGATE.search(text):
+        raise RowError(f"{place}{key}: has half of a surrogate pair (a broken \\u escape), which is no character")
     return text
 
 
+def check_answer(text: str, place: str) -> None:
+    """Raises RowError where an answer to learn is only a placeholder for one, or cannot be read."""
+    if mojibake_share(text) > MOSTLY:
+        raise RowError(f"{place}: was read in a wrong encoding; `arabic-qwen data fix` decodes it again", "mojibake")
+    if len(text) > _LONGEST_PLACEHOLDER:
+        return
+    folded = normalize(text, "compare").casefold()
+    bare = folded.strip(" .!()[]{}<>")
+    if folded in _PLACEHOLDERS or folded.rstrip(" .!") in _PLACEHOLDERS or _TO_BE_WRITTEN.fullmatch(bare):
+        raise RowError(f"{place}: is a placeholder ({text.strip()}); write the answer", "placeholder_answer")
+
+
 def check_turns(messages: list[Message]) -> None:
+    """Raises RowError where user and assistant do not alternate, from a question to an answer."""
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
+    if turns and turns == ["assistant", "user"] * (len(turns) // 2):
+        raise RowError(
+            "starts with the assistant and ends with the user: the roles are swapped, or the answer is missing",
+            "swapped_roles",
+        )
     if turns[-1:] != ["assistant"]:
-        raise ValueError("does not end with an answer of the assistant")
+        raise RowError("does not end with an answer of the assistant", "missing_end_of_turn")
     for position, role in enumerate(turns):
         if role != ("user", "assistant")[position % 2]:
-            raise ValueError(f"turn {position + 1} is by {role}; user and assistant must alternate, the user first")
+            raise RowError(f"turn {position + 1} is by {role}; user and assistant must alternate, the user first")

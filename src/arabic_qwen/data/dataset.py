@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from arabic_qwen.data.bad_rows import count
 from arabic_qwen.data.packing import Completion, Group
 
+_BY_RULE = "characters changed by "
 _SHOWN_LETTERS = 400  # of each stretch of the example that is shown
 
 
@@ -25,6 +27,7 @@ class Example:
     truncated: int = 0  # answers cut at the longest length
     tokens_cut: int = 0
     prompts_trimmed: int = 0  # prompts that lost their beginning at max_prompt_length
+    changes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # characters that normalising changed, by rule
 
 
 @dataclasses.dataclass
@@ -36,14 +39,24 @@ class GroupDataset(Sequence):
     truncated: int = 0
     tokens_cut: int = 0
     prompts_trimmed: int = 0
+    rows_changed: int = 0  # by normalising
+    changes: Counter[str] = dataclasses.field(default_factory=Counter)  # characters that it changed, by rule
+    dialects: tuple[str, ...] = ()  # the groups' tags count through these, from 1
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> GroupDataset:
         used = [example for example in examples if example.groups]
+        changes: Counter[str] = Counter()
+        for example in used:
+            changes.update(example.changes)
         return cls(
             [group for example in used for group in example.groups],
-            len(used),
-            *(sum(getattr(e, name) for e in used) for name in ("truncated", "tokens_cut", "prompts_trimmed")),
+            rows=len(used),
+            truncated=sum(example.truncated for example in used),
+            tokens_cut=sum(example.tokens_cut for example in used),
+            prompts_trimmed=sum(example.prompts_trimmed for example in used),
+            rows_changed=sum(bool(example.changes) for example in used),
+            changes=changes,
         )
 
     def __len__(self) -> int:
@@ -67,6 +80,8 @@ class GroupDataset(Sequence):
             "truncated": self.truncated,
             "tokens_cut": self.tokens_cut,
             "prompts_trimmed": self.prompts_trimmed,
+            "rows_changed": self.rows_changed,
+            **{f"{_BY_RULE}{rule}": characters for rule, characters in self.changes.items()},
         }
 
     def summary(self) -> str:
@@ -75,6 +90,7 @@ class GroupDataset(Sequence):
 
 
 def describe_counts(counts: dict[str, int]) -> str:
+    """One line on the counts of a set, or of parts of it added up."""
     text = count(counts["examples"], "example")
     if counts["rows"] != counts["examples"]:
         text += f" of {count(counts['rows'], 'row')}"
@@ -87,6 +103,11 @@ def describe_counts(counts: dict[str, int]) -> str:
         text += "none cut"
     if counts["prompts_trimmed"]:
         text += f", {count(counts['prompts_trimmed'], 'prompt')} lost their beginning"
+    changes = {name.removeprefix(_BY_RULE): number for name, number in counts.items() if name.startswith(_BY_RULE)}
+    if changes:
+        rules = ", ".join(f"{rule} {number:,}" for rule, number in Counter(changes).most_common())
+        text += f"; normalised {count(sum(changes.values()), 'character')}"
+        text += f" in {count(counts['rows_changed'], 'row')} ({rules})"
     return text
 
 

@@ -22,6 +22,7 @@ from arabic_qwen.config.data import data_sources, describe
 from arabic_qwen.data.bad_rows import BAD_ROWS_FILE, BadRow, BadRows
 from arabic_qwen.data.conversations import Message, to_conversation
 from arabic_qwen.data.dataset import Example, GroupDataset, repeat, show_group
+from arabic_qwen.data.normalization import Normalizer
 from arabic_qwen.data.packing import Completion, Group
 from arabic_qwen.data.preferences import Preference, to_contrast, to_feedback, to_measured_pair, to_pair
 from arabic_qwen.data.readers import Row, Rows
@@ -51,6 +52,9 @@ class DataLoader:
     Args:
         config: paths, split, template and length settings.
         tokenizer: with the chat template to train on.
+
+    Attributes:
+        check_columns: whether the columns that `diacritics` names must be there; not where an earlier run named them.
     """
 
     def __init__(self, config: Any, tokenizer: PreTrainedTokenizerBase):
@@ -59,10 +63,12 @@ class DataLoader:
         self._length_key = "max_length" if getattr(config, "max_length", None) else "max_seq_length"
         self.max_tokens: int = getattr(config, self._length_key)
         self.bad_rows = BadRows()  # those that load() left out
+        self.check_columns = True
+        self._normalizer = Normalizer(config)
         self._reported = False
 
     def _drafts(self, values: dict[str, Any], example: Example) -> list[Draft]:
-        """The row's groups. Raises ValueError where the row cannot be used."""
+        """The groups of a row whose texts are normalised. Raises ValueError where the row cannot be used."""
         raise NotImplementedError
 
     def prompt(self, values: dict[str, Any]) -> list[Message]:
@@ -83,12 +89,15 @@ class DataLoader:
         of. Rows that cannot be trained on go to `bad_rows.jsonl` in the output folder.
 
         Raises:
+            ConfigurationError: `diacritics` names columns that no row has; when streaming, a warning of the first rows.
             DatasetError: a file cannot be read, or more than `max_bad_rows` rows cannot be trained on.
         """
         config = self.config
         self.bad_rows = BadRows(config.max_bad_rows, Path(config.resolved_output_dir, BAD_ROWS_FILE))
         train = [] if config.streaming else self._read(config.dataset_path)
         validation = self._read(config.eval_dataset_path) if config.eval_dataset_path else []
+        if not config.streaming and self.check_columns and (problem := self._normalizer.missing_columns()):
+            raise ConfigurationError(problem)
         self.bad_rows.check()
         if not config.eval_dataset_path and not config.streaming:
             train, validation = self._hold_out(train, [example.key for example in train])
@@ -117,7 +126,10 @@ class DataLoader:
         return read_rows(self.config, self.config.dataset_path, stream=True)
 
     def _encode_window(self, rows: list[Row | BadRow]) -> GroupDataset:
-        examples = list(self._examples(rows, self.bad_rows))
+        examples = list(self._examples(self._normalizer.rows(rows), self.bad_rows))
+        if self.check_columns and (problem := self._normalizer.missing_columns()):
+            logger.warning("%s (so far; later rows may have others)", problem)
+        self.check_columns = False  # once
         self.bad_rows.check()
         dataset = self._train_set(examples)
         if not self._reported and len(dataset):
@@ -135,17 +147,20 @@ class DataLoader:
 
     def _read(self, dataset_path: Any) -> list[Example]:
         """Rows are encoded as they are read, and not kept."""
-        examples = self._examples(read_rows(self.config, dataset_path), self.bad_rows)
+        examples = self._examples(self._rows(dataset_path), self.bad_rows)
         return list(track(examples, "Tokenising", disable=not sys.stderr.isatty(), transient=True))
 
+    def _rows(self, dataset_path: Any) -> Rows:
+        return self._normalizer.rows(read_rows(self.config, dataset_path))
+
     def split(self) -> dict[str, list[Row]]:
-        """The rows of each split as they stand in the files; when streaming, of the validation data only."""
+        """The rows of each split, normalised; when streaming, of the validation data only."""
         train: list[Row | BadRow] = []
         if not self.config.streaming:
-            train = list(read_rows(self.config, self.config.dataset_path))
+            train = list(self._rows(self.config.dataset_path))
         validation: list[Row | BadRow] = []
         if self.config.eval_dataset_path:
-            validation = list(read_rows(self.config, self.config.eval_dataset_path))
+            validation = list(self._rows(self.config.eval_dataset_path))
         elif train:
             train, validation = self._hold_out(train, [self._key(row) for row in train])
         splits = {"train": train} | ({"validation": validation} if validation else {})
@@ -168,7 +183,7 @@ class DataLoader:
             row if isinstance(row, (Row, BadRow)) else Row(f"row {i}", dict(row)) for i, row in enumerate(given)
         )
         bad_rows = BadRows()
-        dataset = GroupDataset.of(list(self._examples(numbered, bad_rows)))
+        dataset = GroupDataset.of(list(self._examples(self._normalizer.rows(numbered), bad_rows)))
         bad_rows.check()
         self._finish(dataset)
         return dataset
@@ -180,7 +195,10 @@ class DataLoader:
             yield from self._encode(chunk, bad_rows)
 
     def _encode(self, rows: list[Row | BadRow], bad_rows: BadRows) -> list[Example]:
-        examples = [Example(self._key(row), getattr(row, "source", 0)) for row in rows]
+        examples = [
+            Example(self._key(row), row.source, changes=row.changes) if isinstance(row, Row) else Example(row.where)
+            for row in rows
+        ]
         drafted: list[tuple[Row | BadRow, list[Draft]]] = []
         for row, example in zip(rows, examples, strict=True):
             drafts: list[Draft] = []
@@ -188,7 +206,7 @@ class DataLoader:
                 try:
                     drafts = self._drafts(row.values, example)
                 except ValueError as error:
-                    row = BadRow(row.where, str(error), row.values)
+                    row = _bad_row(row, error)
             drafted.append((row, drafts))
         pieces = [completion for _, drafts in drafted for draft in drafts for completion in draft.completions]
         encoded = iter(encode_pieces(self.tokenizer, pieces))
@@ -199,7 +217,7 @@ class DataLoader:
                     self._fit(group, example)
             except ValueError as error:
                 example.groups = []
-                row = BadRow(row.where, str(error), row.values)
+                row = _bad_row(row, error)
             if isinstance(row, BadRow):
                 bad_rows.add(row)
         return examples
@@ -224,6 +242,13 @@ class DataLoader:
         example.truncated += len(lost)
         example.tokens_cut += sum(lost)
         example.groups.append(group._replace(completions=tuple(kept)))
+
+
+def _bad_row(row: Row | BadRow, error: ValueError) -> BadRow:
+    """The row as it stands in its file, and why it cannot be used."""
+    if isinstance(row, BadRow):
+        return row
+    return BadRow(row.where, f"{error}{' (once normalised)' if row.changes else ''}", row.given or row.values)
 
 
 def _join(draft: Draft, parts: list[Group]) -> Group:

@@ -26,6 +26,7 @@ class Group(NamedTuple):
         mismatched: a completion of another prompt, for KTO's estimate of the divergence.
         reference: the reference's log-probability of each completion (and of `mismatched`), where it is precomputed.
         lengths: of each completion, as the data gives them, in any unit; for reports only.
+        tag: 0, or which part of the set it is measured with too.
     """
 
     prompt: np.ndarray
@@ -34,6 +35,7 @@ class Group(NamedTuple):
     mismatched: Completion | None = None
     reference: tuple[float, ...] | None = None
     lengths: tuple[float, ...] | None = None
+    tag: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -92,6 +94,7 @@ class PackedBatch:
     num_targets: torch.Tensor  # [C] int64
     lengths: torch.Tensor  # [C] float32: as the data gives them, else num_targets
     labels: torch.Tensor  # [G] bool
+    tags: torch.Tensor  # [G] int64
     reference: torch.Tensor | None  # [C] float32: the reference's log-probabilities, where all are known
 
     @property
@@ -169,6 +172,7 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
         num_targets=torch.tensor(num_targets),
         lengths=torch.from_numpy(np.where(np.isnan(given), num_targets, given).astype(np.float32)),
         labels=torch.tensor([group.label for group in groups]),
+        tags=torch.tensor([group.tag for group in groups]),
         reference=_reference(groups),
     )
 

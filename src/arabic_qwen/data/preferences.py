@@ -5,7 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from arabic_qwen.data.conversations import Message, check_turns, field_text, read_messages, wrong_columns
+from arabic_qwen.data.bad_rows import RowError
+from arabic_qwen.data.conversations import (
+    Message,
+    check_answer,
+    check_turns,
+    field_text,
+    read_messages,
+    read_question,
+    wrong_columns,
+)
+from arabic_qwen.data.layouts import canonical
 
 _LABELS = {True: True, False: False, "desirable": True, "undesirable": False}  # 1 and 0 are True and False as keys
 
@@ -20,17 +30,20 @@ class Preference(NamedTuple):
 
 
 def to_pair(values: dict[str, Any], system_prompt: str | None = None) -> Preference:
-    """`prompt`, `chosen`, `rejected`: strings or lists of messages; `prompt` may be left out of conversations.
+    """`prompt` (or `instruction`), `chosen`, `rejected`: strings or lists of messages.
+
+    The prompt may be left out where chosen and rejected are whole conversations.
 
     Raises:
-        ValueError: a field is missing, empty or malformed, or chosen and rejected are the same.
+        RowError: a field is missing, empty or malformed, or chosen and rejected are the same.
     """
     _require(values, "chosen", "rejected")
+    values, _ = canonical(values)
     rejected = values["rejected"]
     several = isinstance(rejected, list) and not (rejected and isinstance(rejected[0], dict))
     if several or values.get("hard_negatives"):
         key = "rejected" if several else "hard_negatives"
-        raise ValueError(f"{key}: only CPO learns from several rejected answers; give one, or use method cpo")
+        raise RowError(f"{key}: only CPO learns from several rejected answers; give one, or use method cpo")
     return to_contrast({**values, "rejected": [rejected]}, system_prompt)
 
 
@@ -38,7 +51,7 @@ def to_measured_pair(values: dict[str, Any], system_prompt: str | None = None) -
     """As :func:`to_pair`; `chosen_length` and `rejected_length` may be there, in any unit.
 
     Raises:
-        ValueError: as :func:`to_pair`, or only one of the lengths is there, or one is no positive number.
+        RowError: as :func:`to_pair`, or only one of the lengths is there, or one is no positive number.
     """
     pair = to_pair(values, system_prompt)
     given: dict[str, Any] = {name: values.get(name) for name in ("chosen_length", "rejected_length")}
@@ -46,7 +59,7 @@ def to_measured_pair(values: dict[str, Any], system_prompt: str | None = None) -
         return pair
     for name, length in given.items():
         if isinstance(length, bool) or not isinstance(length, (int, float)) or not 0 < length < math.inf:
-            raise ValueError(f"{name}: {length!r} is no positive number; give both lengths, or neither")
+            raise RowError(f"{name}: {length!r} is no positive number; give both lengths, or neither")
     return pair._replace(lengths=tuple(given.values()))
 
 
@@ -54,25 +67,27 @@ def to_contrast(values: dict[str, Any], system_prompt: str | None = None) -> Pre
     """`prompt`, `chosen`, and any number of negatives: `rejected` (one or a list of strings) and `hard_negatives`.
 
     Raises:
-        ValueError: as :func:`to_pair`.
+        RowError: as :func:`to_pair`.
     """
     _require(values, "chosen", "rejected")
+    values, _ = canonical(values)
     rejected = values["rejected"]
     if not isinstance(rejected, list) or (rejected and isinstance(rejected[0], dict)):
         rejected = [rejected]
     hard = values.get("hard_negatives") or []
     if not isinstance(hard, list):
-        raise ValueError(f"hard_negatives: must be a list of texts, found a {type(hard).__name__}")
+        raise RowError(f"hard_negatives: must be a list of texts, found a {type(hard).__name__}")
     negatives = [*rejected, *hard]
     prompt, chosen = _answer(values, values["chosen"], "chosen")
+    check_answer(chosen, "chosen")
     answers = [chosen]
     for position, negative in enumerate(negatives):
         place = "rejected" if len(negatives) == 1 else f"negative {position + 1}"
         negative_prompt, answer = _answer(values, negative, place)
         if negative_prompt != prompt:
-            raise ValueError(f"chosen and {place} answer different prompts")
+            raise RowError(f"chosen and {place} answer different prompts")
         if answer == chosen:
-            raise ValueError(f"chosen and {place} are the same")
+            raise RowError(f"chosen and {place} are the same", "equal_answers")
         answers.append(answer)
     return Preference(_with_system(prompt, values, system_prompt), answers)
 
@@ -81,13 +96,16 @@ def to_feedback(values: dict[str, Any], system_prompt: str | None = None) -> Pre
     """`prompt`, `completion` and `label`: true, 1 or "desirable" for good answers, false, 0 or "undesirable" for bad.
 
     Raises:
-        ValueError: a field is missing, empty or malformed.
+        RowError: a field is missing, empty or malformed.
     """
     _require(values, "completion", "label")
+    values, _ = canonical(values)
     label = values["label"]
     if not isinstance(label, (bool, int, str)) or label not in _LABELS:
-        raise ValueError(f"label: {label!r} is no label; use true or false")
+        raise RowError(f"label: {label!r} is no label; use true or false")
     prompt, answer = _answer(values, values["completion"], "completion")
+    if _LABELS[label]:
+        check_answer(answer, "completion")
     return Preference(_with_system(prompt, values, system_prompt), [answer], _LABELS[label])
 
 
@@ -102,13 +120,13 @@ def _answer(values: dict[str, Any], given: Any, place: str) -> tuple[list[Messag
     before = _prompt(values)
     if not isinstance(given, list):
         if not before:
-            raise ValueError("prompt: is missing")
-        text = field_text({place: given}, place)
+            raise RowError("prompt: is missing")
+        text = field_text({place: given}, place, role="assistant")
         check_turns([*before, {"role": "assistant", "content": text}])
         return before, text
     messages = read_messages(given, place)
     repeats = messages[: len(before)] == before or (
-        isinstance(values.get("prompt"), str) and messages[:-1][-1:] == before  # after a system message, say
+        len(before) == 1 and messages[:-1][-1:] == before  # after a system message, say
     )
     if not repeats:
         messages = [*before, *messages]
@@ -117,12 +135,8 @@ def _answer(values: dict[str, Any], given: Any, place: str) -> tuple[list[Messag
 
 
 def _prompt(values: dict[str, Any]) -> list[Message]:
-    prompt = values.get("prompt")
-    if prompt is None:
-        return []
-    if isinstance(prompt, list):
-        return read_messages(prompt, "prompt")
-    return [{"role": "user", "content": field_text(values, "prompt")}]
+    column = "prompt" if values.get("prompt") is not None else "instruction"
+    return read_question(values, column) if values.get(column) is not None else []
 
 
 def _with_system(prompt: list[Message], values: dict[str, Any], system_prompt: str | None) -> list[Message]:

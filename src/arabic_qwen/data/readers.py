@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import gzip
 import io
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,6 +22,13 @@ from arabic_qwen.errors import DatasetError
 
 csv.field_size_limit(2**31 - 1)  # a cell may hold a long conversation; the default is 128 KiB
 
+#: Bytes of a row's text. JSON may take twenty times as much memory as its text.
+LONGEST_ROW = 2**25
+#: Bytes of a JSON file that is no JSON Lines, and of Parquet rows that are unpacked at a time.
+LARGEST_CHUNK = 2**30
+# A compressed file may unpack to the larger of the two.
+_UNPACKED, _RATIO = 2**28, 200
+
 
 class Row(NamedTuple):
     """One record and the place to name when it is wrong."""
@@ -28,6 +36,8 @@ class Row(NamedTuple):
     where: str  # file:line, or file:row N where lines mean nothing
     values: dict[str, Any]
     source: int = 0  # which entry of dataset_path it comes from
+    given: dict[str, Any] | None = None  # the values before they were normalised, where that changed them
+    changes: Mapping[str, int] = {}  # characters that each rule changed
 
 
 Rows = Iterator[Row | BadRow]
@@ -54,7 +64,7 @@ def read_file(path: Path) -> Rows:
         raise DatasetError(f"{path}: unknown format; give a file named {FORMATS}")
     try:
         yield from reader(path)
-    except (EOFError, zlib.error, pa.ArrowException) as error:
+    except (EOFError, zlib.error, pa.ArrowException, ValueError, OverflowError) as error:
         raise _damaged(path, error) from None
     except OSError as error:
         if error.strerror is None:  # what gzip and pyarrow say about contents
@@ -63,8 +73,33 @@ def read_file(path: Path) -> Rows:
 
 
 def _damaged(path: Path, error: Exception) -> DatasetError:
-    reason = str(error).splitlines()[0].rstrip(".")
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     return DatasetError(f"{path}: is damaged, or not what its name says ({reason}); make or copy it again")
+
+
+def _too_long(where: str) -> DatasetError:
+    return DatasetError(f"{where}: the row has more than {LONGEST_ROW >> 20} MiB, which no conversation has; remove it")
+
+
+class _Unpacked(io.RawIOBase):
+    """What a compressed file holds, unless it is a bomb: far more than its size can honestly hold."""
+
+    def __init__(self, path: Path, stream: Any):
+        self._path = path
+        self._stream = stream
+        self._left = max(_UNPACKED, _RATIO * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._stream.readinto(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise DatasetError(
+                f"{self._path}: unpacks to more than {_RATIO} times its size; unpack it yourself where you trust it"
+            )
+        return count
 
 
 @contextlib.contextmanager
@@ -73,22 +108,23 @@ def _open(path: Path) -> Iterator[BinaryIO]:
     with path.open("rb") as file:
         if path.suffix.lower() == ".gz":
             with gzip.open(file) as unpacked:
-                yield unpacked  # type: ignore[misc]
+                yield io.BufferedReader(_Unpacked(path, unpacked), 1 << 16)
         elif path.suffix.lower() == ".zst":
-            with io.BufferedReader(pa.CompressedInputStream(file, "zstd"), 1 << 16) as unpacked:
-                yield unpacked
+            yield io.BufferedReader(_Unpacked(path, pa.CompressedInputStream(file, "zstd")), 1 << 16)
         else:
             yield file
 
 
 def _read_json_lines(path: Path) -> Rows:
-    with _open(path) as lines:
-        yield from _parse_lines(path, lines)
+    with _open(path) as file:
+        yield from _parse_lines(path, iter(functools.partial(file.readline, LONGEST_ROW + 1), b""))
 
 
 def _parse_lines(path: Path, lines: Iterable[bytes]) -> Rows:
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
+        if len(line) > LONGEST_ROW:
+            raise _too_long(where)
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             if text:
@@ -111,7 +147,9 @@ def _row(where: str, values: Any) -> Row | BadRow:
 def _read_json(path: Path) -> Rows:
     """An array of objects, or an object that holds one such array; a JSON Lines file that is named .json too."""
     with _open(path) as file:
-        data = file.read()
+        data = file.read(LARGEST_CHUNK + 1)
+    if len(data) > LARGEST_CHUNK:
+        raise DatasetError(f"{path}: has more than {LARGEST_CHUNK >> 30} GiB; write JSON Lines, one object a line")
     try:
         value = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -152,8 +190,19 @@ def _read_csv(path: Path) -> Rows:
         yield from _parse_csv(path, lines)
 
 
-def _parse_csv(path: Path, lines: Iterable[str]) -> Rows:
-    lines = iter(lines)
+def _parse_csv(path: Path, file: io.TextIOWrapper) -> Rows:
+    length = 0  # of the lines that the next row has taken
+
+    def read_lines() -> Iterator[str]:
+        nonlocal length
+        while line := file.readline(LONGEST_ROW + 1):
+            length += len(line)
+            if length > LONGEST_ROW:
+                raise _too_long(where)
+            yield line
+
+    where = f"{path}:1"
+    lines = read_lines()
     first = next(lines, "")
     # Spreadsheets write semicolons where the comma is the decimal sign, as in Arabic locales.
     comma = ";" if ";" in first and "," not in first else ","
@@ -162,6 +211,7 @@ def _parse_csv(path: Path, lines: Iterable[str]) -> Rows:
     header: list[str] | None = None
     while True:
         where = f"{path}:{reader.line_num + 1}"
+        length = 0
         try:
             cells = next(reader)
         except StopIteration:
@@ -199,10 +249,16 @@ def _header(path: Path, cells: list[str]) -> list[str]:
 def _read_parquet(path: Path) -> Rows:
     with path.open("rb") as file, pq.ParquetFile(file) as table:
         number = 0
-        for batch in table.iter_batches(batch_size=1000):
+        # One value may be as large as its column's chunk, and repeated in every row.
+        chunks = (table.metadata.row_group(i) for i in range(table.num_row_groups))
+        largest = max((g.column(i).total_uncompressed_size for g in chunks for i in range(g.num_columns)), default=1)
+        for batch in table.iter_batches(batch_size=min(max(LARGEST_CHUNK // max(largest, 1), 1), 1000)):
             for values in batch.to_pylist():
                 number += 1
-                yield Row(f"{path}:row {number}", values)
+                where = f"{path}:row {number}"
+                if batch.nbytes > LONGEST_ROW and len(str(values)) > LONGEST_ROW:
+                    raise _too_long(where)
+                yield Row(where, values)
 
 
 _READERS: dict[str, Callable[[Path], Rows]] = {

@@ -11,13 +11,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import datasets
 from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.config.data import DataSource, data_sources
 from arabic_qwen.data.bad_rows import BadRow
+from arabic_qwen.data.layouts import are_messages
 from arabic_qwen.data.readers import FORMATS, Row, Rows, is_data_file, is_table, read_file
 from arabic_qwen.errors import DatasetError
 
@@ -117,21 +117,10 @@ def _parse_cells(values: dict[str, Any]) -> dict[str, Any]:
         except ValueError:
             continue
         several = name == "rejected" and isinstance(value, list) and all(isinstance(item, str) for item in value)
-        if name in _TEXTS_OR_MESSAGES and not (_are_messages(value) or several):
+        if name in _TEXTS_OR_MESSAGES and not (are_messages(value) or several):
             continue  # text that happens to be JSON
         parsed[name] = value
     return parsed
-
-
-def _are_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(item, dict) and ({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys())
-            for item in value
-        )
-    )
 
 
 def _find(source: DataSource, stream: bool) -> Iterator[tuple[str, Rows]]:
@@ -165,11 +154,16 @@ def _read_folder(folder: Path, source: DataSource) -> Iterator[tuple[str, Rows]]
     saved = {"dataset_dict.json", "state.json"} & {path.name for path in folder.iterdir()}
     if not saved:
         names = sorted(path.name for path in folder.iterdir() if is_data_file(path.name))
+        _check_inside(folder, [folder / name for name in names])
         if not names:
             raise DatasetError(f"{folder}: holds no data files; they are named {FORMATS}")
         yield from ((name, read_file(folder / name)) for name in names)
         return
+    import datasets  # takes seconds, which those who read plain files need not wait
+
+    _check_inside(folder, folder.rglob("*"))
     try:
+        _check_saved(folder)
         table = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever is wrong inside
         raise DatasetError(f"{folder}: cannot be read as a saved data set ({_first_line(error)})") from None
@@ -179,10 +173,36 @@ def _read_folder(folder: Path, source: DataSource) -> Iterator[tuple[str, Rows]]
                 f"{folder}: has no split {source.split!r}; set dataset_split to one of {', '.join(table)}"
             )
         table = table[source.split]
+    try:
+        table.data.validate(full=True)  # Arrow trusts the offsets in a file
+    except ValueError as error:
+        raise DatasetError(f"{folder}: cannot be read as a saved data set ({_first_line(error)})") from None
     yield str(folder), _numbered(str(folder), table)
 
 
+def _check_inside(folder: Path, paths: Iterable[Path]) -> None:
+    """Raise DatasetError where a link leads out of the folder; one of the hub's cache links to what it downloaded."""
+    root = (folder.parents[1] if folder.parent.name == "snapshots" else folder).resolve()
+    for path in sorted(paths):
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            raise DatasetError(f"{path}: is a link that leads out of {folder}; name in dataset_path what it leads to")
+
+
+def _check_saved(folder: Path) -> None:
+    """Raise ValueError where a saved data set names files or splits outside its folder."""
+    for file in sorted(folder.rglob("*.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        names = found.get("splits", []) if file.name == "dataset_dict.json" else []
+        if file.name == "state.json":
+            names = [entry["filename"] for entry in found["_data_files"]]
+        for name in names:
+            if Path(name).name != name or name == "..":
+                raise ValueError(f"{file.name} names {name!r}, which is not in its folder")
+
+
 def _load_from_hub(source: DataSource, stream: bool) -> Iterable[dict[str, Any]]:
+    import datasets
+
     name = source.path
     try:
         if not is_offline_mode():  # `datasets` would try for half a minute

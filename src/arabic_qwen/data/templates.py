@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from arabic_qwen.config.base import TEMPLATE_SUFFIXES
 from arabic_qwen.data.conversations import Message
 from arabic_qwen.data.packing import Completion, Group
-from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.data.rendering import render
+from arabic_qwen.errors import ConfigurationError, HostileTemplateError
 
 CHATML = (
     "{%- for message in messages %}"
@@ -40,6 +41,8 @@ ALPACA = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- RESPONSE }}{%- endif %}"
 )
+
+_LONGEST_REASON = 500  # characters of what a template says
 
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
@@ -84,7 +87,7 @@ def _check_own_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     question, answer = {"role": "user", "content": "سؤال"}, {"role": "assistant", "content": "جواب"}
     try:
         before, after = _render_turn(tokenizer, [question, answer])
-    except ValueError as error:
+    except (ValueError, HostileTemplateError) as error:
         raise ConfigurationError(f"instruction_template: {path}: {error}") from None
     for message, text in ((question, before), (answer, after)):
         if message["content"] not in text:
@@ -155,6 +158,18 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     return _render(tokenizer, messages, add_generation_prompt=True)
 
 
+def last_question(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """What the user says last in a rendered prompt; all of the prompt where the template does not set it apart."""
+    mark = "\ue000"  # of the private use area, which no template changes
+    question, answer = {"role": "user", "content": mark}, {"role": "assistant", "content": mark}
+    before, _, after = render_prompt(tokenizer, [question]).partition(mark)
+    between = render_prompt(tokenizer, [question, answer, question]).split(mark)[2]
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before[::-1], between[::-1], strict=False))
+    header = "".join(letter for letter, _ in same)[::-1]
+    text = prompt.removesuffix(after)
+    return text.rpartition(header)[2] if header else text
+
+
 def _render_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[str, str]:
     """What stands before the last message, an assistant's, and what rendering adds for it."""
     before = render_prompt(tokenizer, messages[:-1])
@@ -179,14 +194,21 @@ def check_control_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[
 
 def _render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        return render(
+            tokenizer.get_chat_template(),
+            messages=list(messages),
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **tokenizer.special_tokens_map,
         )
+    except HostileTemplateError:  # not the row's fault, and of every row
+        raise
     except Exception as error:  # a template is a program and may fail in any way
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
         place = f" (line {line} of the template)" if line else ""
-        raise ValueError(f"the chat template refuses the conversation: {error}{place}") from None
+        raise ValueError(f"the chat template refuses the conversation: {str(error)[:_LONGEST_REASON]}{place}") from None
 
 
 def encode_pieces(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[Piece]]) -> list[Group]:

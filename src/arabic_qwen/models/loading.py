@@ -8,15 +8,26 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ModelLoadError
 from arabic_qwen.models.adapters import load_adapter, save_adapter
 from arabic_qwen.models.precision import compute_dtype, device, keep_quantized_layout, quantization
+from arabic_qwen.models.safety import read_json, refuse_pickle
 from arabic_qwen.models.scoring import enable_packed_forward
-from arabic_qwen.models.sources import is_adapter, load_error, locate_model, read_json, resolve_model_name
+from arabic_qwen.models.sources import is_adapter, load_error, locate_model, resolve_model_name
+
+# Or transformers asks a service to convert weights that are pickled on the hub, and loads what that answers.
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -47,7 +58,10 @@ def _end_token(path: str, tokenizer: Any) -> str | None:
         found = cached_file(path, file, _raise_exceptions_for_missing_entries=False)
         ids = read_json(Path(found)).get("eos_token_id") if found else None
         if ids not in (None, []):
-            return tokenizer.convert_ids_to_tokens(ids[0] if isinstance(ids, list) else ids)
+            first = ids[0] if isinstance(ids, list) else ids
+            if not isinstance(first, int) or not 0 <= first < len(tokenizer):
+                raise ModelLoadError(f"{found}: eos_token_id: {first!r} is no token of the tokenizer; correct it")
+            return tokenizer.convert_ids_to_tokens(first)
     return None
 
 
@@ -86,6 +100,7 @@ def _load_weights(name: str, path: str, dtype: torch.dtype, config: BaseConfig, 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
+            config=_read_config(path),
             dtype=dtype,
             quantization_config=quantized,
             device_map={"": device()} if quantized else None,
@@ -94,6 +109,8 @@ def _load_weights(name: str, path: str, dtype: torch.dtype, config: BaseConfig, 
             output_loading_info=True,
         )
     except Exception as error:
+        if "use_safetensors=True" in str(error):  # transformers' advice on a hub model without safetensors
+            raise refuse_pickle(name, "pytorch_model.bin") from None
         raise load_error(name, "model", error) from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
@@ -111,6 +128,13 @@ def _load_weights(name: str, path: str, dtype: torch.dtype, config: BaseConfig, 
     else:
         model.to(device())
     return model
+
+
+def _read_config(path: str) -> PreTrainedConfig:
+    """The model's configuration with PyTorch's attention, until ours takes its place: others may fetch kernels."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config._attn_implementation = "sdpa"
+    return config
 
 
 def _locate_base(name: str, adapter: str) -> str:
@@ -145,5 +169,7 @@ def merged_copy(config: BaseConfig, adapter_dir: str | os.PathLike) -> PreTraine
     adapter = os.fspath(adapter_dir)
     base = _locate_base(adapter, adapter)
     dtype = config.torch_dtype if config.torch_dtype == "auto" else getattr(torch, config.torch_dtype)
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True)
+    plain = AutoModelForCausalLM.from_pretrained(
+        base, config=_read_config(base), dtype=dtype, use_safetensors=True, trust_remote_code=False
+    )
     return load_adapter(plain, adapter).merge_and_unload()

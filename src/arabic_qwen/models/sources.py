@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
 from arabic_qwen.errors import ModelLoadError
+from arabic_qwen.models.safety import PICKLED, check_files, one_line, pickled_weights, read_json, refuse_pickle
 
 logger = logging.getLogger(__name__)
 
@@ -63,21 +63,32 @@ def locate_model(name: str) -> str:
     """
     path = resolve_model_name(name)
     if Path(path).is_file():
+        if any(Path(path).match(kind) for kind in PICKLED):
+            raise refuse_pickle(name, Path(path).name)
         raise ModelLoadError(f"{name}: is a file; give the folder of the model that it belongs to")
     if not Path(path).is_dir():
         if path.startswith(".") or Path(path).is_absolute():
             raise ModelLoadError(
                 f"{name}: the folder does not exist; give the folder of a model or of a finished run, or a hub id"
             )
-        path = _locate_on_hub(name)
+        path = locate_on_hub(name)
     if Path(path).is_dir():
         _check_folder(Path(path))
-    if not is_adapter(path):
-        _check_config(name, path)
+    try:
+        check_files(name, path)
+        if not is_adapter(path):
+            _check_config(name, path)
+    except OSError as error:  # the hub's
+        raise load_error(name, "model", error) from error
     return path
 
 
-def _locate_on_hub(name: str) -> str:
+def locate_on_hub(name: str) -> str:
+    """The hub id, or the folder of an earlier download where the hub cannot be asked.
+
+    Raises:
+        ModelLoadError: the hub has no such model, or does not give it to this machine.
+    """
     # One request, not repeated: from_pretrained retries for half a minute what will not get better.
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"))
@@ -139,15 +150,11 @@ def _check_folder(folder: Path) -> None:
     shards = [weights]
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not weights.is_file():
-        shards = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        shards = _shards(index)
     missing = [shard.name for shard in shards if not shard.is_file()]
-    pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
+    pickled = pickled_weights(folder)
     if missing and pickled:
-        raise ModelLoadError(
-            f"{folder}: its weights are pickled ({pickled[0]}), which can run code when they are read; "
-            "get the model as safetensors, or convert it where you trust it: "
-            "transformers' from_pretrained, then save_pretrained"
-        )
+        raise refuse_pickle(folder, pickled[0])
     if missing:
         raise ModelLoadError(
             f"{folder}: {', '.join(missing)} is missing; download or copy the model again, or save it as safetensors"
@@ -164,41 +171,37 @@ def _check_folder(folder: Path) -> None:
             raise ModelLoadError(f"{shard}: is {reason}; {remedy}") from error
 
 
+def _shards(index: Path) -> list[Path]:
+    """The files of weights that the index names, which lie beside it."""
+    weights = read_json(index).get("weight_map")
+    names = set(weights.values()) if isinstance(weights, dict) and all(map(_is_name, weights.values())) else set()
+    if not names:
+        raise ModelLoadError(f"{index}: weight_map must name files of its folder; download or copy it again")
+    return [index.parent / name for name in sorted(names)]
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.endswith(".safetensors") and not set(value) & set("/\\\0")
+
+
 def _check_config(name: str, path: str) -> None:
     """Raise ModelLoadError unless config.json describes a dense Qwen language model, unquantised."""
-    try:
-        config = read_json(Path(str(cached_file(path, "config.json"))))
-    except OSError as error:
-        raise load_error(name, "model", error) from error
+    config = read_json(Path(str(cached_file(path, "config.json"))))
     kind, architectures = config.get("model_type"), config.get("architectures") or []
+    architectures = architectures if isinstance(architectures, list) else [architectures]
     if kind not in SUPPORTED_MODELS:
-        own_code = "auto_map" in config
-        reason = "brings code of its own (auto_map), which is never run" if own_code else f"is of model_type {kind!r}"
+        reason = f"is of model_type {kind!r}"
         remedy = "choose a dense Qwen2, Qwen2.5 or Qwen3 language model"
-    elif architectures and not any(architecture.endswith("ForCausalLM") for architecture in architectures):
+    elif architectures and not any(str(architecture).endswith("ForCausalLM") for architecture in architectures):
         reason, remedy = f"is a {architectures[0]}, not a language model", "choose a model that generates text"
     elif config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
+        quantized = config["quantization_config"]
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         reason = f"is quantised already ({method})"
         remedy = "choose the unquantised model, with load_in_4bit or load_in_8bit where memory is short"
     else:
         return
     raise ModelLoadError(f"{name}: {reason}, which cannot be trained here; {remedy}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ModelLoadError where the file holds no JSON object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelLoadError(f"{path}: cannot be read ({one_line(error)}); download or copy it again") from error
-    if not isinstance(values, dict):
-        raise ModelLoadError(f"{path}: holds no JSON object; download or copy it again")
-    return values
-
-
-def one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def load_error(name: str, what: str, error: Exception) -> ModelLoadError:

@@ -1,6 +1,7 @@
 """Normalisation of Arabic text: `train` repairs what is broken and keeps spelling, `compare` folds spelling variants."""
 
 import difflib
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -33,6 +34,12 @@ def normalize(text: str, profile: str = "train", **rules: Setting) -> str:
     return _apply(text, profile, _steps(profile, frozenset(rules.items())))
 
 
+@lru_cache(maxsize=4000)  # checks, duplicates and dialects of a batch of rows all compare the same texts
+def fold(text: str) -> str:
+    """`normalize(text, "compare")`, remembered for the latest texts."""
+    return normalize(text, "compare")
+
+
 def normalization_report(
     texts: Iterable[str], profile: str = "train", *, examples: int = 3, **rules: Setting
 ) -> dict[str, RuleReport]:
@@ -59,6 +66,15 @@ def normalization_report(
         for rule in changed:
             reports[rule].texts += 1
     return reports
+
+
+def normalize_counted(text: str, counts: Counter[str], profile: str = "train", **rules: Setting) -> str:
+    """As `normalize`; adds to `counts`, by rule, the characters that it removed or replaced."""
+
+    def count(rule: str, before: str, after: str) -> None:
+        counts[rule] += _changed_characters(before, after)
+
+    return _apply(text, profile, _steps(profile, frozenset(rules.items())), count)
 
 
 def rules_table(profile: str = "train") -> str:
@@ -122,8 +138,12 @@ def _apply(
 
 def _changed_characters(before: str, after: str) -> int:
     """Characters of `before` that are gone from `after`; where they only changed places, the places that differ."""
-    gone = (Counter(before) - Counter(after)).total()
-    return gone or sum(a != b for a, b in zip(before, after, strict=False))
+    if len(before) == len(after):
+        return sum(map(operator.ne, before, after))
+    gone = sum(map(before.count, set(before).difference(after)))
+    if gone == len(before) - len(after):  # all of some characters, the usual case; much faster than counting each
+        return gone
+    return (Counter(before) - Counter(after)).total() or sum(map(operator.ne, before, after))
 
 
 def _around_first_change(before: str, after: str, width: int = 24) -> tuple[str, str]:

@@ -69,11 +69,16 @@ def strip_tatweel(text: str) -> str:
     return _TATWEEL.sub(lambda match: "هـ" if match[0][0] == "ه" else "", text)
 
 
+def in_other_language(text: str) -> bool:
+    """Whether the text has a letter or word that Arabic lacks and Persian, Urdu, Kurdish or the like have."""
+    return bool(_OTHER_LANGUAGE.search(text))
+
+
 def in_arabic_lines(change: Function, text: str) -> str:
     """`change` applied to the lines that are not Persian, Urdu, Kurdish or the like."""
-    if not _OTHER_LANGUAGE.search(text):
+    if not in_other_language(text):
         return change(text)
-    return "\n".join(line if _OTHER_LANGUAGE.search(line) else change(line) for line in text.split("\n"))
+    return "\n".join(line if in_other_language(line) else change(line) for line in text.split("\n"))
 
 
 def strip_joiners(text: str) -> str:
@@ -250,5 +255,10 @@ COMPARE = (
         "layout",
     ),
 )
+
+#: Settings of profile `train` that leave a text as it is.
+OFF: dict[str, Setting] = {
+    rule.name: setting for rule in TRAIN for setting, function in rule.settings.items() if function is None
+}
 
 PROFILES = {"train": TRAIN, "compare": COMPARE}

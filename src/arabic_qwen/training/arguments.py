@@ -18,6 +18,7 @@ from arabic_qwen.config import BaseConfig
 from arabic_qwen.data.sources import data_seed
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.precision import compute_dtype
+from arabic_qwen.redaction import redact
 
 # transformers is renaming its argument.
 _CHECKPOINTING = next(
@@ -92,7 +93,7 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
             metric_for_best_model=config.metric_for_best_model,
             greater_is_better=config.metric_for_best_model.endswith(_HIGHER_IS_BETTER),
             report_to=config.report_to,
-            run_name=config.run_name,
+            run_name=config.run_name and redact(config.run_name),  # trackers publish it
             seed=config.seed,
             data_seed=data_seed(config),
             bf16=dtype is torch.bfloat16,

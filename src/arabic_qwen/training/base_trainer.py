@@ -10,13 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import (
-    EarlyStoppingCallback,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import MLflowCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -32,12 +26,14 @@ from arabic_qwen.models import adapters, loading, precision, sources
 from arabic_qwen.models.reference import precompute, reference_policy
 from arabic_qwen.training import checkpoints
 from arabic_qwen.training.arguments import Schedule, resolve_schedule, training_arguments
-from arabic_qwen.training.callbacks import ProgressDisplay, RunLog
+from arabic_qwen.training.callbacks import run_callbacks
+from arabic_qwen.training.dialects import tag_dialects
 from arabic_qwen.training.engine import PackedTrainer
 from arabic_qwen.training.generation import GenerationMixin
 from arabic_qwen.training.objectives import METHODS
 from arabic_qwen.training.report import model_card
 from arabic_qwen.training.resumable import make_resumable
+from arabic_qwen.training.samples import Samples
 from arabic_qwen.training.signals import StopOnSignal
 
 _TIMINGS = ("_runtime", "_per_second", "_time")
@@ -86,6 +82,7 @@ class BaseTrainer(GenerationMixin):
         self._start: str = ""  # what the model in memory was before its training
         self._model_is_trainable = True
         self.metrics: dict[str, float] = {}
+        self.samples: list[dict[str, Any]] = []  # answers to held-out prompts, by the trained model
         self.logger.info("Initialized %s", self.__class__.__name__)
 
     def _get_training_method(self) -> str:
@@ -114,10 +111,9 @@ class BaseTrainer(GenerationMixin):
         if not sources.is_run_output(model_path):
             return None
         saved = load_config(Path(model_path, sources.RUN_CONFIG))
-        template = saved.instruction_template
-        if template.endswith(TEMPLATE_SUFFIXES):
-            template = "tokenizer"  # which was saved with it; the file may be gone
-        prompt_format = saved.model_copy(update={"instruction_template": template})
+        own = saved.instruction_template.endswith(TEMPLATE_SUFFIXES)
+        # The tokenizer was saved with it; the file may be gone.
+        prompt_format = saved.model_copy(update={"instruction_template": "tokenizer"}) if own else saved
         for name in set(PROMPT_FORMAT) - keep:
             setattr(self.config, name, getattr(prompt_format, name))
         return saved
@@ -153,11 +149,19 @@ class BaseTrainer(GenerationMixin):
                 self.data_loader.bad_rows.keep()
             if checkpoint:
                 self.logger.warning("Going on from %s", checkpoint)
+            if isinstance(self.trainer, PackedTrainer) and self.trainer.can_sample and self.config.eval_samples:
+                self.trainer.samples = Samples(self._validated(), self.dataset["validation"], self.tokenizer)
             result = self.trainer.train(resume_from_checkpoint=checkpoint)
 
             self.trainer.remove_callback(MLflowCallback)  # its run has ended; the evaluation would start another
+            samples = getattr(self.trainer, "samples", None)
+            if samples and self.trainer.args.load_best_model_at_end:
+                samples.best_step = self.trainer.state.best_global_step
             if "validation" in self.dataset:
                 self.evaluate()
+            if samples:
+                self.samples = samples.latest
+                self.trainer.samples = None  # type: ignore[union-attr]  # later evaluations are not the run's
             self.save_model()
             if self.trainer.is_world_process_zero():
                 summary = {"metrics": self.metrics, "train": result.metrics, "data": self._data_summary()}
@@ -263,6 +267,8 @@ class BaseTrainer(GenerationMixin):
         method = METHODS.get(self._get_training_method())
         loader = method.data_loader if method else SFTDataLoader
         self.data_loader = loader(self._validated(), self.tokenizer)
+        earlier = self._inherit_prompt_format(self._source, keep=set(PROMPT_FORMAT))
+        self.data_loader.check_columns = earlier is None or earlier.diacritics != self.config.diacritics
         return self.data_loader
 
     def load_and_validate_dataset(self) -> dict[str, Any]:
@@ -274,10 +280,13 @@ class BaseTrainer(GenerationMixin):
         Raises:
             DatasetError: a file cannot be read, or has rows that cannot be trained on.
         """
-        return {name: self._for_trainer(split) for name, split in self.get_data_loader().load().items()}
+        splits = self.get_data_loader().load().items()
+        return {name: self._for_trainer(split, held_out=name == "validation") for name, split in splits}
 
-    def _for_trainer(self, split: Any) -> Any:
+    def _for_trainer(self, split: Any, held_out: bool) -> Any:
         if self._get_training_method() in METHODS:
+            if held_out:
+                tag_dialects(split, self.tokenizer, self.config.dialect_model)
             return split
         if isinstance(split, GroupStream):
             raise ConfigurationError(f"streaming: works with {', '.join(METHODS)}; set it to false for other methods")
@@ -301,18 +310,7 @@ class BaseTrainer(GenerationMixin):
 
     def get_callbacks(self) -> list[TrainerCallback]:
         """Progress, metrics file and loss curve, early stopping where it can work, then `config.callbacks`."""
-        own: list[TrainerCallback] = [ProgressDisplay(), RunLog()]
-        given = list(self.config.callbacks)
-        schedule = self._schedule()
-        stoppers = [callback for callback in given if isinstance(callback, EarlyStoppingCallback)]
-        if schedule.evaluation == "no" or not schedule.keep_best:
-            if stoppers:
-                self.logger.warning("Resolved: no early stopping, which needs evaluation and load_best_model_at_end")
-            given = [callback for callback in given if callback not in stoppers]
-        elif not stoppers and self.config.early_stopping_patience is not None:
-            patience, threshold = self.config.early_stopping_patience, self.config.early_stopping_threshold
-            own.append(EarlyStoppingCallback(patience, threshold))
-        return own + given
+        return run_callbacks(self._validated(), self._schedule())
 
     def create_trainer(
         self, dataset: Mapping[str, Any], training_args: TrainingArguments, callbacks: list[TrainerCallback]
@@ -375,7 +373,7 @@ class BaseTrainer(GenerationMixin):
             adapter = loading.save_model(self.model, config, stage)
             self.tokenizer.save_pretrained(stage)
             config.model_copy(update={"output_dir": str(folder)}).to_yaml(stage / sources.RUN_CONFIG)
-            card = model_card(config, self.metrics, self._data_summary(), adapter=adapter)
+            card = model_card(config, self.metrics, self._data_summary(), self.samples, adapter=adapter)
             (stage / "README.md").write_text(card, encoding="utf-8")
 
     def _data_summary(self) -> dict[str, str]:
@@ -433,7 +431,7 @@ class BaseTrainer(GenerationMixin):
         elif not isinstance(eval_dataset, GroupDataset) and "input_ids" not in getattr(
             eval_dataset, "column_names", ()
         ):
-            split = self._for_trainer(self.get_data_loader().encode(eval_dataset))
+            split = self._for_trainer(self.get_data_loader().encode(eval_dataset), held_out=True)
         if self.trainer is None:
             self.trainer = self.create_trainer({"train": split, "validation": split}, self.get_training_arguments(), [])
             self.trainer.remove_callback(PrinterCallback)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
+from arabic_qwen.config import BaseConfig
 from arabic_qwen.files import write_atomically
-from arabic_qwen.training.report import METRICS_FILE, draw_loss_curve, read_metrics
+from arabic_qwen.training.arguments import Schedule
+from arabic_qwen.training.report import METRICS_FILE, draw_loss_curve, read_entries
+from arabic_qwen.training.samples import SAMPLES_FILE
+
+logger = logging.getLogger(__name__)
 
 
 class ProgressDisplay(TrainerCallback):
@@ -64,11 +70,12 @@ class RunLog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            path = Path(args.output_dir, METRICS_FILE)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # After a resume, entries of the steps that are done again go.
-            kept = [entry for entry in read_metrics(path) if 0 < entry["step"] <= state.global_step]
-            write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            for name in (METRICS_FILE, SAMPLES_FILE):  # after a resume, entries of the steps that are done again go
+                path = Path(args.output_dir, name)
+                kept = [entry for entry in read_entries(path) if 0 < entry["step"] <= state.global_step]
+                lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept]
+                write_atomically(path, "".join(lines)) if kept else path.unlink(missing_ok=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
@@ -78,3 +85,17 @@ class RunLog(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             draw_loss_curve(Path(args.output_dir))
+
+
+def run_callbacks(config: BaseConfig, schedule: Schedule) -> list[TrainerCallback]:
+    """Progress, metrics file and loss curve, early stopping where it can work, then `config.callbacks`."""
+    own: list[TrainerCallback] = [ProgressDisplay(), RunLog()]
+    given = list(config.callbacks)
+    stoppers = [callback for callback in given if isinstance(callback, EarlyStoppingCallback)]
+    if schedule.evaluation == "no" or not schedule.keep_best:
+        if stoppers:
+            logger.warning("Resolved: no early stopping, which needs evaluation and load_best_model_at_end")
+        given = [callback for callback in given if callback not in stoppers]
+    elif not stoppers and config.early_stopping_patience is not None:
+        own.append(EarlyStoppingCallback(config.early_stopping_patience, config.early_stopping_threshold))
+    return own + given

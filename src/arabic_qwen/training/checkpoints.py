@@ -21,9 +21,11 @@ from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.files import remove_folder, remove_unfinished, write_atomically
 from arabic_qwen.models.sources import RUN_CONFIG
+from arabic_qwen.redaction import redact
 from arabic_qwen.training.lock import check_free, locked
 from arabic_qwen.training.report import LOSS_CURVE, METRICS_FILE
 from arabic_qwen.training.resumable import PROGRESS
+from arabic_qwen.training.samples import SAMPLES_FILE
 from arabic_qwen.training.snapshots import MANIFEST, damage, find_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ _HARMLESS = {
     "logging_steps",
     "output_dir",
     "max_bad_rows",
+    "eval_samples",
+    "dialect_model",
     "token_budget",
     "gradient_checkpointing",
     "save_total_limit",
@@ -254,7 +258,8 @@ def _differences(folder: Path, config: BaseConfig) -> list[str]:
         return []
     old = load_config(folder / RUN_CONFIG)
     before, after = ({"method": settings.method, **settings.model_dump()} for settings in (old, config))
-    names = [name for name in after if before.get(name) != after[name] and name not in _HARMLESS]
+    changed = (name for name in after if redact(repr(before.get(name))) != redact(repr(after[name])))
+    names = [name for name in changed if name not in _HARMLESS]
     return [f"{name}: {before.get(name)!r} → {after[name]!r}" for name in names]
 
 
@@ -269,7 +274,7 @@ def _discard(folder: Path) -> None:
     """Remove what a run wrote, and nothing else."""
     for checkpoint in find_checkpoints(folder):
         remove_folder(checkpoint)
-    for name in (SUMMARY, METRICS_FILE, LOSS_CURVE, RUN_CONFIG, BAD_ROWS_FILE):
+    for name in (SUMMARY, METRICS_FILE, SAMPLES_FILE, LOSS_CURVE, RUN_CONFIG, BAD_ROWS_FILE):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -278,7 +283,8 @@ def is_finished(folder: Path) -> bool:
 
 
 def finish_run(folder: Path, summary: dict[str, Any]) -> None:
-    write_atomically(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    text = redact(json.dumps(summary, indent=2, ensure_ascii=False))
+    write_atomically(folder / SUMMARY, text + "\n")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

@@ -16,19 +16,21 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from transformers import TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import EvalLoopOutput
 
 from arabic_qwen.data.dataset import GroupDataset
-from arabic_qwen.data.packing import Group, PackedBatch, best_fit_decreasing, micro_batches, pack, with_mismatched
+from arabic_qwen.data.packing import Group, PackedBatch, micro_batches, pack, with_mismatched
 from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.losses.kto import kto_kl
 from arabic_qwen.models.reference import Reference
 from arabic_qwen.training.objectives import Objective, Scores, Sums, join_scores
 from arabic_qwen.training.resumable import ResumableTrainer
+from arabic_qwen.training.sampler import Sequences, StepSampler
+from arabic_qwen.training.samples import Samples
+
+_BY_DIALECT = ("loss", "rewards/accuracies")
 
 
 @dataclasses.dataclass
@@ -50,23 +52,6 @@ class Step:
         return dataclasses.replace(
             self, batches=pinned(self.batches), mismatched=pinned(self.mismatched), shared=pinned(self.shared)
         )
-
-
-class _Sequences(Dataset[list[Group]]):
-    """Training sequences: lists of groups, one each, or as many as fit `capacity` tokens."""
-
-    def __init__(self, groups: Any, capacity: int | None):
-        self.groups = groups
-        lengths = [group.num_tokens for group in groups]
-        self.members = best_fit_decreasing(lengths, capacity) if capacity else [[i] for i in range(len(groups))]
-        self.lengths = [sum(lengths[i] for i in members) for members in self.members]
-        self.labels = [groups[members[0]].label for members in self.members]
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __getitem__(self, index: int) -> list[Group]:
-        return [self.groups[i] for i in self.members[index]]
 
 
 @dataclasses.dataclass
@@ -97,55 +82,6 @@ class _StreamedSteps(IterableDataset[Step]):
 
     def __iter__(self) -> Iterator[Step]:
         return self._steps()
-
-
-class _StepSampler(Sampler[list[int]]):
-    """Batches of sequence indices for this rank, shuffled by seed and epoch.
-
-    Trainer counts `accumulation` batches a step. All but the last of a step are empty, and the last holds the rank's
-    share of the whole step, so that a data worker can pack it. At a ragged end ranks differ by one sequence; none is
-    repeated.
-    """
-
-    def __init__(self, args: TrainingArguments, lengths: list[int], labels: list[bool], epoch: Callable[[], int]):
-        self.lengths = lengths
-        self.labels = labels
-        self.epoch = epoch
-        self.by_length = args.train_sampling_strategy == "group_by_length"
-        self.seed = args.seed if args.data_seed is None else args.data_seed
-        self.rank, self.world_size = args.process_index, args.world_size
-        self.batch_size = args.per_device_train_batch_size * self.world_size
-        self.step_size = self.batch_size * args.gradient_accumulation_steps
-
-    def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
-
-    def order(self) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
-        # Desirable and undesirable rows, spread evenly over the epoch, so that every step has its share of both.
-        classes = [[i for i in shuffled if self.labels[i] is label] for label in (True, False)]
-        if self.by_length:
-            classes = [self._by_length(rows, generator) for rows in classes]
-        place = {i: (position + 0.5) / len(rows) for rows in classes for position, i in enumerate(rows)}
-        return sorted(shuffled, key=lambda i: place[i])
-
-    def _by_length(self, rows: list[int], generator: torch.Generator) -> list[int]:
-        """Rows of similar length one after the other."""
-        if not rows:
-            return []
-        lengths = [self.lengths[i] for i in rows]
-        return [rows[i] for i in get_length_grouped_indices(lengths, self.step_size, generator=generator)]
-
-    def steps(self) -> list[list[int]]:
-        """The sequences of each optimizer step, over all ranks."""
-        order = self.order()
-        return [order[start : start + self.step_size] for start in range(0, len(order), self.step_size)]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps():
-            yield from [[]] * (-(-len(step) // self.batch_size) - 1)
-            yield step[self.rank :: self.world_size]
 
 
 def _completion_sums(batch: PackedBatch, logps: torch.Tensor) -> torch.Tensor:
@@ -186,12 +122,13 @@ class PackedTrainer(ResumableTrainer):
         self.token_budget = token_budget
         self.sequence_capacity = sequence_capacity
         self.reference: Any = reference
+        self.samples: Samples | None = None  # taken at each evaluation of eval_dataset
         self._place: dict[str, Any] = {}
         self._sums: Sums = {}
         self._tokens_since_log = 0
         self._last_log_time = time.perf_counter()
 
-    def _loader(self, sequences: _Sequences, batch_sampler: Any) -> DataLoader:
+    def _loader(self, sequences: Sequences, batch_sampler: Any) -> DataLoader:
         return DataLoader(
             sequences,
             batch_sampler=batch_sampler,
@@ -199,6 +136,12 @@ class PackedTrainer(ResumableTrainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether this process may answer held-out prompts: the others wait, which sharded weights do not allow."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return self.eval_dataset is not None and self.is_world_process_zero() and not sharded
 
     @property
     def _collate(self) -> _Collate:
@@ -209,9 +152,9 @@ class PackedTrainer(ResumableTrainer):
             pinned = self.args.dataloader_pin_memory and torch.cuda.is_available()
             return DataLoader(_StreamedSteps(self._streamed_steps), batch_size=None, pin_memory=pinned)
         self._filler = self.train_groups[0]
-        sequences = _Sequences(self.train_groups, self.sequence_capacity)
+        sequences = Sequences(self.train_groups, self.sequence_capacity)
         # Trainer has set state.epoch when it starts an epoch, also in the middle of one after a resume.
-        sampler = _StepSampler(self.args, sequences.lengths, sequences.labels, epoch=lambda: int(self.state.epoch or 0))
+        sampler = StepSampler(self.args, sequences.lengths, sequences.labels, epoch=lambda: int(self.state.epoch or 0))
         return self._loader(sequences, sampler)
 
     def _streamed_steps(self) -> Iterator[Step]:
@@ -228,16 +171,16 @@ class PackedTrainer(ResumableTrainer):
 
     def _window_steps(self, place: dict[str, Any], window: GroupDataset, skipped: int) -> Iterator[Step]:
         self._filler = window[0]
-        sequences = _Sequences(window, self.sequence_capacity)
+        sequences = Sequences(window, self.sequence_capacity)
         number = place["pass"] * 1_000_003 + place["window"]
-        sampler = _StepSampler(self.args, sequences.lengths, sequences.labels, epoch=lambda: number)
+        sampler = StepSampler(self.args, sequences.lengths, sequences.labels, epoch=lambda: number)
         for position, step in enumerate(sampler.steps()[skipped:], skipped + 1):
             yield from [self._collate([])] * (self.args.gradient_accumulation_steps - 1)
             share = self._collate([sequences[i] for i in step[sampler.rank :: sampler.world_size]])
             yield dataclasses.replace(share, place=place | {"step": position})
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        sequences = _Sequences(self.eval_dataset if eval_dataset is None else eval_dataset, None)
+        sequences = Sequences(self.eval_dataset if eval_dataset is None else eval_dataset, None)
         indices = range(self.args.process_index, len(sequences), self.args.world_size)
         size = self.args.per_device_eval_batch_size
         return self._loader(sequences, [indices[i : i + size] for i in range(0, len(indices), size)])
@@ -254,7 +197,7 @@ class PackedTrainer(ResumableTrainer):
         share = self.args.world_size if inputs.groups else 0  # DDP averages gradients over ranks
         step = inputs if inputs.groups else self._collate([[self._filler]])  # it joins the reduction without rows too
         self._add_reference(step)
-        kl = self._divergence(self._log_ratios(step) * bool(share)) if self.objective.needs_kl else 0.0
+        kl = self._divergence(self._log_ratios(step) * bool(share))[0] if self.objective.needs_kl else 0.0
         slopes = self._slopes(inputs.batches, mean_length) if self.objective.whole_step else None
         batches = step.batches
         loss_sum = torch.zeros((), device=self.args.device)
@@ -294,6 +237,7 @@ class PackedTrainer(ResumableTrainer):
             others=batch.others,
             others_group=batch.others_group,
             label=batch.labels,
+            tags=batch.tags,
             mean_chosen_length=mean_length,
             kl=kl,
         )
@@ -312,18 +256,21 @@ class PackedTrainer(ResumableTrainer):
                     batch.reference = batch.reference[0::2]
 
     @torch.no_grad()
-    def _log_ratios(self, step: Step) -> torch.Tensor:
-        """[2] sum and number of this rank's log-ratios of mismatched completions."""
-        found = torch.zeros(2, device=self.args.device)
+    def _log_ratios(self, step: Step, num_tags: int = 0) -> torch.Tensor:
+        """[2, 1 + tags] sum and number of this rank's log-ratios of mismatched completions: of all, and by tag."""
+        found = torch.zeros(2, 1 + num_tags, device=self.args.device)
         for batch in step.mismatched:
             # Not through DDP, whose ranks must call forward equally often: one may have no rows.
             scores = self._score(self.model, batch.to(self.args.device), 1.0)
             assert scores.reference is not None
-            found += torch.stack([(scores.policy - scores.reference).sum(), found.new_full((), len(scores.policy))])
+            ratios = scores.policy - scores.reference
+            for tag in range(1 + num_tags):
+                some = ratios[scores.tags == tag] if tag else ratios
+                found[:, tag] += torch.stack([some.sum(), found.new_full((), len(some))])
         return found
 
     def _divergence(self, log_ratios: torch.Tensor) -> torch.Tensor:
-        """KTO's z from :meth:`_log_ratios` of all ranks."""
+        """[1 + tags] KTO's z from :meth:`_log_ratios` of all ranks."""
         return kto_kl(*self.accelerator.reduce(log_ratios, "sum"))
 
     def _slopes(self, batches: list[PackedBatch], mean_length) -> Iterator[torch.Tensor]:
@@ -396,27 +343,31 @@ class PackedTrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Loss over the whole set (not a mean of batch means) and the objective's derived metrics."""
+        """Loss over the whole set (not a mean of batch means) and the objective's metrics; some of both by dialect."""
         started = time.perf_counter()
         if not self.accelerator._models:  # evaluation without training
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.callback_handler.eval_dataloader = dataloader
-        sequences: _Sequences = dataloader.dataset  # type: ignore[assignment]
+        sequences: Sequences = dataloader.dataset
         model: Any = self.model
         model.eval()
         parts: list[Scores] = []
-        log_ratios = torch.zeros(2, device=self.args.device)
+        dialects = getattr(sequences.groups, "dialects", ())
+        log_ratios = torch.zeros(2, 1 + len(dialects), device=self.args.device)
         for step in dataloader:
             self._add_reference(step)
-            log_ratios += self._log_ratios(step)
+            log_ratios += self._log_ratios(step, len(dialects))
             parts += [self._score(model, batch.to(self.args.device), 1.0) for batch in step.batches]
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)  # type: ignore[has-type]
         scores, _ = self._gather(parts)
-        scores.mean_chosen_length = scores.num_targets[scores.first].float().mean()
-        scores.kl = self._divergence(log_ratios)
-        loss = self.objective.loss(scores).mean().item()
-        sums = {name: value.item() for name, value in self.objective.sums(scores).items()}
-        metrics = {"loss": loss, **self.objective.derive(sums, loss)}
+        divergences = self._divergence(log_ratios)
+        metrics = self._measure(scores, divergences[0])
+        for tag, dialect in enumerate(dialects, 1):
+            part = self._measure(scores.tagged(tag), divergences[tag])
+            metrics |= {f"{name}/{dialect}": part[name] for name in _BY_DIALECT if name in part}
+        if self.samples and sequences.groups is self.eval_dataset:
+            with self.accelerator.autocast():
+                metrics |= self.samples(model, self.state.global_step)
         self._last_log_time += time.perf_counter() - started  # tokens per second are those of training
         return EvalLoopOutput(
             predictions=None,  # type: ignore[arg-type]
@@ -424,3 +375,11 @@ class PackedTrainer(ResumableTrainer):
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=len(sequences),
         )
+
+    def _measure(self, scores: Scores, divergence: torch.Tensor) -> dict[str, float]:
+        """Loss and metrics of a whole set."""
+        scores.mean_chosen_length = scores.num_targets[scores.first].float().mean()
+        scores.kl = divergence
+        loss = self.objective.loss(scores).mean().item()
+        sums = {name: value.item() for name, value in self.objective.sums(scores).items()}
+        return {"loss": loss, **self.objective.derive(sums, loss)}

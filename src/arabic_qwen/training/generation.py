@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from arabic_qwen.data.conversations import Message
+from arabic_qwen.data.normalization import Normalizer
+from arabic_qwen.data.templates import render_prompt
 from arabic_qwen.models.reference import reference_policy
 
 
@@ -46,14 +48,15 @@ class GenerationMixin:
 
     @torch.inference_mode()
     def respond(self, conversations: list[list[Message]], max_length: int = 512, **kwargs: Any) -> list[str]:
-        """The assistant's next turn in each conversation; arguments as for :meth:`predict`."""
+        """The assistant's next turn in each conversation; arguments as for :meth:`predict`.
+
+        What the user says is normalised as questions are in the run's data.
+        """
         if self.model is None:
             self.setup_model_and_tokenizer()
         self.model.eval()
-        prompts = [
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            for messages in conversations
-        ]
+        normalizer = Normalizer(self.config)
+        prompts = [render_prompt(self.tokenizer, normalizer.prompt(messages)) for messages in conversations]
         answers = [""] * len(prompts)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         size = self.config.per_device_eval_batch_size

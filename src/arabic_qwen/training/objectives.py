@@ -40,7 +40,28 @@ class Scores:
     others_group: torch.Tensor  # [C − G] int64 in [0, G)
     label: torch.Tensor  # [G] bool
     mean_chosen_length: torch.Tensor | float  # targets of first completions / groups, over the whole step
+    tags: torch.Tensor  # [G] int64, which part of the set each group is measured with too
     kl: torch.Tensor | float = 0.0  # KTO's z, over the whole step
+
+    def tagged(self, tag: int) -> Scores:
+        """Those of the groups with this tag; `mean_chosen_length` and `kl` stay."""
+        groups = self.tags == tag
+        others = groups[self.others_group]
+        completions = torch.zeros_like(self.num_targets, dtype=torch.bool)
+        completions[self.first[groups]] = completions[self.others[others]] = True
+        place, group = completions.cumsum(0) - 1, groups.cumsum(0) - 1  # the new indices
+        return dataclasses.replace(
+            self,
+            policy=self.policy[completions],
+            reference=None if self.reference is None else self.reference[completions],
+            num_targets=self.num_targets[completions],
+            lengths=self.lengths[completions],
+            first=place[self.first[groups]],
+            others=place[self.others[others]],
+            others_group=group[self.others_group[others]],
+            label=self.label[groups],
+            tags=self.tags[groups],
+        )
 
     def split(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Values of chosen [G] and of rejected completions [C − G]."""
@@ -70,6 +91,7 @@ def join_scores(parts: list[Scores]) -> Scores:
         others=joined("others", completions),
         others_group=joined("others_group", groups),
         label=torch.cat([part.label for part in parts]),
+        tags=joined("tags"),
     )
 
 
