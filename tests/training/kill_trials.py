@@ -5,6 +5,7 @@
 prints a line of JSON: how many trials there were, how many ended as the uninterrupted run did, and what differed.
 """
 
+import gc
 import json
 import os
 import random
@@ -28,6 +29,7 @@ SYSTEM_CALLS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")
 
 def config(method, model, data, folder):
     values = dict(lora_dropout=0.1, validation_split=0.25, max_steps=4, save_steps=1, eval_steps=2, save_total_limit=2)
+    values["eval_samples"] = 0
     values |= dict(lora_target_modules=["q_proj"], warmup_ratio=0.25, lr_scheduler_type="linear")
     if method == "sft":
         return sft_config(model, data, folder, **values)
@@ -139,6 +141,7 @@ def choose(calls, number, chance):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # or each child walks, and so copies, all that was imported
     spec = json.loads(sys.argv[1])
     for method in spec["methods"]:
         path = Path(spec["folder"], method)

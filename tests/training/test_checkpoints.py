@@ -23,12 +23,13 @@ from arabic_qwen.training.state import save_state
 from tests.training.preference_runs import preference_config, write_data
 from tests.training.test_engine import StopAfter, sft_config
 
-EXACT = dict(lora_dropout=0.1, save_steps=1, eval_steps=1, save_total_limit=None, max_steps=None)
+EXACT = dict(lora_dropout=0.1, save_steps=1, eval_steps=1, save_total_limit=None, max_steps=None, eval_samples=0)
 
 
 def config_of(variant, model_dir, sft_file, data_dir, folder):
-    """A run of five or six steps with dropout that saves each."""
+    """A run of three to six steps with dropout that saves each."""
     values = EXACT | dict(num_train_epochs=2, warmup_ratio=0.2, lr_scheduler_type="cosine")
+    values["per_device_train_batch_size"] = 4
     if variant == "dpo, precomputed reference":
         data = write_data("dpo", data_dir)
         values |= dict(precompute_reference=True, validation_split=0.2, lora_target_modules=["q_proj"])
@@ -37,13 +38,13 @@ def config_of(variant, model_dir, sft_file, data_dir, folder):
         values |= dict(per_device_train_batch_size=8, validation_split=0.2)
         return preference_config("kto", model_dir, write_data("kto", data_dir), folder, **values)
     values |= {"packing": False} | {
-        "accumulation": dict(gradient_accumulation_steps=2, logging_steps=2),
+        "accumulation": dict(per_device_train_batch_size=1, gradient_accumulation_steps=2, logging_steps=2),
         "all weights, packed": dict(use_lora=False, packing=True, max_seq_length=96, learning_rate=1e-4),
-        "best of epochs": dict(evaluation_strategy="epoch", save_strategy="epoch", per_device_train_batch_size=4),
+        "best of epochs": dict(evaluation_strategy="epoch", save_strategy="epoch", num_train_epochs=3, eval_samples=2),
         "early stopping": dict(learning_rate=1e-9, early_stopping_patience=3),
-        "evaluation of epochs": dict(evaluation_strategy="epoch", per_device_train_batch_size=4),  # saves steps
-        "ends within an epoch": dict(max_steps=3, num_train_epochs=1, dataloader_num_workers=2),
-        "streamed": dict(streaming=True, eval_dataset_path=str(sft_file), max_steps=5, per_device_train_batch_size=4),
+        "evaluation of epochs": dict(evaluation_strategy="epoch"),  # saves steps
+        "ends within an epoch": dict(per_device_train_batch_size=2, max_steps=3, dataloader_num_workers=2),
+        "streamed": dict(streaming=True, eval_dataset_path=str(sft_file), max_steps=5),
         "two workers": dict(dataloader_num_workers=2, group_by_length=True),
     }[variant]
     return sft_config(model_dir, sft_file, folder, **values)
