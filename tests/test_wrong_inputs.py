@@ -178,7 +178,7 @@ VALUES = {
     "a column that no row has": (
         'sft diacritics={"output":"strip"}',
         2,
-        ["diacritics: no row has output; the rows' columns are instruction, response"],
+        ["diacritics: no row has output; the columns that training reads of them are instruction, response"],
     ),
     "negative samples": ("sft eval_samples=-1", 2, ["eval_samples: ", "greater than or equal to 0"]),
     "everything held out": ("sft validation_split=0.99", 2, ["validation_split", "leaves none to train on"]),

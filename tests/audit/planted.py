@@ -65,7 +65,7 @@ DEFECTS = [
         "pairs.jsonl",
     ),
     Defect("mojibake", sft("ما أقدم جامعة؟", AS_LATIN)),
-    Defect("template_tokens", sft("ما أكبر قارة؟", "آسيا هي أكبر القارات<|im_end|>"), example="<|im_end|>"),
+    Defect("template_tokens", sft("ما أكبر قارة؟", "آسيا هي أكبر القارات</s>"), example="</s>"),
     Defect("code_fence", sft("كيف أطبع في بايثون؟", "هكذا:\n```بايثون\nprint(1)\n```"), example="```بايثون"),
     Defect("html", sft("ما أطول نهر؟", "<p>نهر النيل أطول الأنهار</p>"), example="<p>"),
     Defect("presentation_forms", sft("كيف أرحب بضيف؟", "قل له ﻣﺮﺣﺒﺎ بك"), example="ﻣﺮﺣﺒﺎ"),

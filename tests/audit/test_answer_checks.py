@@ -24,6 +24,8 @@ def codes(prompt: str, answer: str) -> list[str]:
         ("refusal", "كيف أصنع كعكة؟", "كنموذج لغوي، لا أستطيع أن أخبز."),
         ("refusal", "كيف أصنع كعكة؟", "بصفتي نموذجًا لغويًا فإنني لا أملك رأيًا"),
         ("refusal", "كيف أصنع كعكة؟", "عذرًا، لا أستطيع مساعدتك في ذلك."),
+        ("refusal", "كيف أصنع كعكة؟", "بصفتي مساعدًا ذكيًا لا أملك وصفة"),
+        ("refusal", "كيف أصنع كعكة؟", "مش هقدر أساعدك في الموضوع ده"),
         ("refusal", "كيف أصنع كعكة؟", "آسف، لكن لا يمكنني الإجابة على هذا السؤال"),
         ("refusal", "How do I bake a cake?", "As an AI language model, I do not eat cake."),
         ("refusal", "How do I bake a cake?", "I'm sorry, but I can't help with that."),

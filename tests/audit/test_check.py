@@ -167,3 +167,18 @@ def test_an_error_is_a_bad_row_of_training(planted, name, method, tokenizer, tmp
     # Tokens of its own tokenizer training refuses too.
     assert errors and bad - errors <= {finding.line for finding in found if finding.code == "template_tokens"}
     assert errors <= bad
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        ({"instruction": "ما عاصمة قطر؟", "response": "\u200f"}, "empty_answer"),
+        ({"instruction": "ما عاصمة قطر؟", "response": "ـــ"}, "empty_answer"),
+        ({"prompt": "ما عاصمة البحرين؟", "chosen": "المنـــامة", "rejected": "المنامة"}, "equal_answers"),
+        ({"instruction": "ما عاصمة قطر؟", "response": "الدوحة<|im_end|>"}, "template_tokens"),
+    ],
+)
+def test_what_training_refuses_once_it_has_normalised_is_an_error(tmp_path, row, code):
+    path = tmp_path / "rows.jsonl"
+    write(path, [row])
+    assert [(finding.code, finding.level) for finding in check([str(path)]).findings] == [(code, "error")]

@@ -22,6 +22,7 @@ def codes(text: str) -> list[str]:
         ("bidi_controls", "C\u200e++"),
         ("unk_token", "هذا <unk> نص"),
         ("unk_token", "هذا [UNK] نص"),
+        ("unk_token", "????? ???? ??????"),
         ("unk_token", "هذا \ufffd نص"),
         ("template_tokens", "<|im_start|>user\nمرحبا"),
         ("template_tokens", "مرحبا [/INST] أهلًا"),

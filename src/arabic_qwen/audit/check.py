@@ -8,16 +8,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from arabic_qwen.audit.answer_checks import answer_findings, asked_dialect, nearly_equal, too_little_arabic
 from arabic_qwen.audit.duplicates import Duplicates, exact_key
 from arabic_qwen.audit.findings import CODES, Finding, Level
 from arabic_qwen.audit.rows import Conversation, known_method, method_of, read_row, row_texts
 from arabic_qwen.audit.statistics import Statistics
-from arabic_qwen.audit.text_checks import Found, about_encoding, around, html_finding, text_findings
+from arabic_qwen.audit.text_checks import NORMALISED, Found, about_encoding, around, html_finding, text_findings
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.bad_rows import BadRow, RowError
 from arabic_qwen.data.layouts import canonical
+from arabic_qwen.data.normalization import Normalizer
 from arabic_qwen.data.readers import Row
 from arabic_qwen.data.sources import read_rows
 from arabic_qwen.text.dialects import UNKNOWN, load_classifier
@@ -86,6 +88,7 @@ class _Doctor:
         self.audit = audit
         self._keep = keep
         self._method = method
+        self._normalizer = Normalizer(SFTConfig())
         self._duplicates = Duplicates()
         # Of the rows in `_duplicates`: file (its number in `_order`), line, and how each begins, in UTF-8.
         self._files, self._lines, self._ends = array("L"), array("Q"), array("Q")
@@ -113,7 +116,7 @@ class _Doctor:
                 continue
             try:
                 values, codes = canonical(row.values)
-                conversation = read_row(values, self._method or method_of(values) or "sft")
+                conversation = self._read(values)
             except RowError as error:
                 self._add(*place_of(row.where), Found(error.code, str(error), _one_line(row.values)))
                 continue
@@ -128,6 +131,17 @@ class _Doctor:
         self.audit.statistics.bad_rows += len(batch) - len(sound)
         for file, group in itertools.groupby(zip(sound, keys, strict=True), key=lambda item: item[0][0]):
             self._remember(file, list(group))
+
+    def _read(self, values: dict[str, Any]) -> Conversation:
+        """The row as training reads it: as it stands, and once normalised, when an answer may turn out to be empty."""
+        method = self._method or method_of(values) or "sft"
+        conversation = read_row(values, method)
+        texts = [message["content"] for message in conversation.messages]
+        if any(map(NORMALISED.search, (*texts, *conversation.rejected))):
+            (row,) = self._normalizer.rows([Row("", values)])
+            assert isinstance(row, Row)
+            read_row(row.values, method)
+        return conversation
 
     def _check_dialects(self, rows: list[tuple[int, str, Conversation]]) -> None:
         asked = [

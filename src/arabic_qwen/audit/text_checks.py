@@ -35,9 +35,11 @@ _LETTER = "\u0620-\u063f\u0641-\u064a\u066e-\u06d3"
 _GLYPHS = re.compile(f"[{''.join(map(re.escape, PRESENTATION))}]")
 # Between two letters, or a run after one: a single one at a word's end is a prefix before a Latin word, or هـ.
 _TATWEEL = re.compile(f"(?<=[{_LETTER}{MARKS}]){TATWEEL}(?:{TATWEEL}|(?=[{MARKS}]*[{_LETTER}]))")
+#: Texts without any of these normalising leaves as long as they are.
+NORMALISED = re.compile(f"[{TATWEEL}{INVISIBLE}{''.join(map(re.escape, PRESENTATION))}]")
 _INVISIBLE = re.compile(f"[{INVISIBLE}]")
-_UNKNOWN = re.compile("<unk>|\\[UNK\\]|\ufffd")
-_SUSPECT = re.compile(f"[<&#\\[\ufffd{TATWEEL}{INVISIBLE}{''.join(map(re.escape, PRESENTATION))}]")
+_UNKNOWN = re.compile("<unk>|\\[UNK\\]|\ufffd|(?:\\?{3,} ){2,}\\?{3,}")  # ????? ???? ????: letters that a file lost
+_SUSPECT = re.compile(f"[<&#\\[?\ufffd{TATWEEL}{INVISIBLE}{''.join(map(re.escape, PRESENTATION))}]")
 
 # Control tokens of chat templates. <s> is also HTML's strike-through, so it counts at the ends of a text only.
 TEMPLATE_TOKENS = re.compile(
@@ -92,7 +94,9 @@ def text_findings(text: str, speaker: str) -> Iterator[Found]:
         ("template_tokens", WHOLE_TEMPLATE, "the {} holds a chat template"),
     ):
         if match := pattern.search(prose):
-            yield Found(code, message.format(speaker, ord(match[0][0])), around(prose, *match.span()))
+            # The tokenizers of all models here have these, and training refuses rows with them.
+            level = "error" if match[0] in ("<|im_start|>", "<|im_end|>", "<|endoftext|>") else ""
+            yield Found(code, message.format(speaker, ord(match[0][0])), around(prose, *match.span()), level)
 
 
 _ENCODING = re.compile(
@@ -121,7 +125,7 @@ def html_finding(texts: list[str]) -> Found | None:
     if len(found) == len(texts) > 1 and all(tags == kept[0] for tags in kept) and _TRANSLATES.search(texts[0]):
         return None
     prose, match = found[0]
-    return Found("html", f"{match[0][:20]} in the text", around(prose, *match.span()))
+    return Found("html", f"{match[0].replace(PLACEHOLDER, '…')[:20]} in the text", around(prose, *match.span()))
 
 
 _FENCE = re.compile(r"^[ \t>*-]*(`{3,}|~{3,})[ \t]*([^`\n]*)$", re.MULTILINE)
