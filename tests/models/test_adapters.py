@@ -154,14 +154,14 @@ def test_resumed_equals_uninterrupted(model_dir, tmp_path, variant):
     values = {"load_best_model_at_end": False, "evaluation_strategy": "no"} | variant
     whole = preference_run(model_dir, tmp_path, "whole", **values)
 
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 2
+    class Crash(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
 
     config = whole.config.model_copy(update={"output_dir": str(tmp_path / "parts")})
-    config.callbacks = [Stop()]
-    BaseTrainer(config).train()
-    (tmp_path / "parts" / "run_summary.json").unlink()
+    config.callbacks = [Crash()]
+    with pytest.raises(KeyboardInterrupt):
+        BaseTrainer(config).train()
     config.callbacks = []
     resumed = BaseTrainer(config)
     resumed.train()
