@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arabic_qwen.audit.statistics import RowTexts
+from arabic_qwen.audit.statistics import RowTexts, drift_by_prompt, drift_share
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.bad_rows import BadRow
 from arabic_qwen.data.readers import Row
@@ -18,7 +18,6 @@ from arabic_qwen.data.sources import read_rows
 from arabic_qwen.errors import ConfigurationError, DatasetError
 from arabic_qwen.text.dialects import (
     DIALECTS,
-    UNKNOWN,
     DialectClassifier,
     Prediction,
     Score,
@@ -45,21 +44,15 @@ class DialectReport:
 
     @property
     def drift_share(self) -> float | None:
-        """The share of answers in another dialect than their prompt, where both are known; None where none are."""
-        known = {pair: number for pair, number in self.drift.items() if UNKNOWN not in pair}
-        changed = sum(number for (prompt, answer), number in known.items() if prompt != answer)
-        return changed / sum(known.values()) if known else None
+        return drift_share(self.drift)
 
     def as_dict(self) -> dict[str, Any]:
-        drift: dict[str, dict[str, int]] = {}
-        for (prompt, answer), number in self.drift.most_common():
-            drift.setdefault(prompt, {})[answer] = number
         return {
             "rows": self.rows,
             "bad_rows": self.bad_rows,
             "prompts": dict(self.prompts.most_common()),
             "answers": dict(self.answers.most_common()),
-            "drift": drift,
+            "drift": drift_by_prompt(self.drift),
             "drift_share": self.drift_share,
             "examples": {
                 dialect: [{"text": text, "confidence": round(confidence, 3)} for confidence, text in found]

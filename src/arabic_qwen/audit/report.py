@@ -11,8 +11,9 @@ from pathlib import Path
 
 from arabic_qwen.audit.check import Audit
 from arabic_qwen.audit.findings import CODES, Finding
-from arabic_qwen.audit.statistics import DIACRITICS, QUANTILES, Statistics, histogram, quantile
+from arabic_qwen.audit.statistics import DIACRITICS, QUANTILES, Statistics, histogram, quantile, shares_of
 from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.files import write_atomically
 from arabic_qwen.text.dialects import DIALECTS, UNKNOWN
 from arabic_qwen.text.rules import INVISIBLE
 
@@ -97,12 +98,9 @@ def _write(arabic: str, english: str, names: Sequence[str], sections: Iterable[s
 </body>
 </html>
 """
-    unfinished = path.with_name(path.name + ".unfinished")
     try:
-        unfinished.write_text(page, encoding="utf-8")
-        unfinished.replace(path)
+        write_atomically(path, page)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise ConfigurationError(f"--html {path}: cannot be written ({error.strerror}); name another file") from None
 
 
@@ -151,7 +149,7 @@ def _statistics(statistics: Statistics, copies: dict[str, float]) -> list[str]:
     texts = {side: statistics.sides[side] for side in sides}
     scripts = {side: texts[side].scripts() for side in sides}
     most: Counter[str] = sum(map(Counter, scripts.values()), Counter())
-    dialects = {side: _shares(texts[side].dialects) for side in sides}
+    dialects = {side: shares_of(texts[side].dialects) for side in sides}
     spoken = [name for name in (*DIALECTS, UNKNOWN) if any(name in shares for shares in dialects.values())]
     sections = [
         _section("الأطوال بالكلمات", "Lengths in words", _lengths(statistics)),
@@ -161,12 +159,8 @@ def _statistics(statistics: Statistics, copies: dict[str, float]) -> list[str]:
     ]
     if statistics.drift_share is not None:
         sections.append(_section("انزياح اللهجة", "Dialect of prompt and answer", _drift(statistics)))
-    marks = {side: _shares(texts[side].diacritics) for side in sides}
+    marks = {side: shares_of(texts[side].diacritics) for side in sides}
     return [*sections, _section("التشكيل", "Diacritics", _bars(marks, list(DIACRITICS)))]
-
-
-def _shares(counts: Counter[str]) -> dict[str, float]:
-    return {name: count / counts.total() for name, count in counts.items()}
 
 
 def _meter(share: float, side: str = "") -> str:

@@ -133,22 +133,17 @@ class Statistics:
 
     @property
     def drift_share(self) -> float | None:
-        """The share of answers in another dialect than their prompt, where both are known; None where none are."""
-        known = Counter({pair: count for pair, count in self.drift.items() if UNKNOWN not in pair})
-        return sum(count for (a, b), count in known.items() if a != b) / known.total() if known else None
+        return drift_share(self.drift)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, as JSON can hold it."""
-        drift: dict[str, dict[str, int]] = {}
-        for (prompt, answer), count in self.drift.most_common():
-            drift.setdefault(prompt, {})[answer] = count
         return {
             "rows": self.rows,
             "bad_rows": self.bad_rows,
             "turns": {str(turns): self.turns[turns] for turns in sorted(self.turns)},
             "duplicate_share": self.duplicate_share,
             **{side: texts.as_dict() for side, texts in self.sides.items() if texts.count},
-            "drift": drift,
+            "drift": drift_by_prompt(self.drift),
             "drift_share": self.drift_share,
         }
 
@@ -177,6 +172,29 @@ class _Copies:
 
     def share(self) -> float:
         return 1 - len(self._copies) / self._copies.total() if self._copies else 0.0
+
+
+def drift_share(drift: Counter[tuple[str, str]]) -> float | None:
+    """The share of answers in another dialect than their prompt, where both are known; None where none are.
+
+    Args:
+        drift: rows by (dialect of the prompt, dialect of the answer).
+    """
+    known = Counter({pair: count for pair, count in drift.items() if UNKNOWN not in pair})
+    return sum(count for (a, b), count in known.items() if a != b) / known.total() if known else None
+
+
+def drift_by_prompt(drift: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """Dialect of the prompt → dialect of the answer → rows, the most first."""
+    by_prompt: dict[str, dict[str, int]] = {}
+    for (prompt, answer), count in drift.most_common():
+        by_prompt.setdefault(prompt, {})[answer] = count
+    return by_prompt
+
+
+def shares_of(counts: Counter[str]) -> dict[str, float]:
+    """Each count's share of all."""
+    return {name: count / counts.total() for name, count in counts.items()}
 
 
 def quantile(lengths: Counter[int], share: float) -> int:

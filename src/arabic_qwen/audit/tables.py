@@ -14,7 +14,7 @@ from rich.text import Text
 
 from arabic_qwen.audit.findings import CODES
 from arabic_qwen.audit.report import score
-from arabic_qwen.audit.statistics import DIACRITICS, QUANTILES, Statistics, histogram, quantile
+from arabic_qwen.audit.statistics import DIACRITICS, QUANTILES, Statistics, histogram, quantile, shares_of
 from arabic_qwen.data.bad_rows import count
 from arabic_qwen.terminal import isolated
 from arabic_qwen.text.dialects import DIALECTS, UNKNOWN, Score
@@ -73,9 +73,9 @@ def statistics_tables(statistics: Statistics) -> list[RenderableType]:
         "script": ([script for script, _ in most.most_common(_SCRIPTS_SHOWN)], scripts),
         "dialect": (
             [name for name in _EVERY if any(texts.dialects[name] for texts in sides.values())],
-            {name: _shares(texts.dialects) for name, texts in sides.items()},
+            {name: shares_of(texts.dialects) for name, texts in sides.items()},
         ),
-        "diacritics": (list(DIACRITICS), {name: _shares(texts.diacritics) for name, texts in sides.items()}),
+        "diacritics": (list(DIACRITICS), {name: shares_of(texts.diacritics) for name, texts in sides.items()}),
     }
     for kind, (names, by_side) in kinds.items():
         shares.add_row(Text(kind, style="bold"))
@@ -92,10 +92,6 @@ def _summary(statistics: Statistics) -> str:
     if statistics.bad_rows:
         parts.append(f"{count(statistics.bad_rows, 'bad row')} left out (data check names them)")
     return ", ".join(parts)
-
-
-def _shares(counts: Counter[str]) -> dict[str, float]:
-    return {name: count / counts.total() for name, count in counts.items()}
 
 
 def _drift(found: Statistics | DialectReport) -> list[RenderableType]:
