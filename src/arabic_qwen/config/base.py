@@ -183,6 +183,10 @@ class BaseConfig(BaseModel):
         True, description="Variable-length flash attention on CUDA; false: PyTorch SDPA per sequence"
     )
 
+    torch_compile: bool | Literal["auto"] = Field(
+        "auto", description="Compile the model's layers: a minute or two, then faster; auto: for long runs on a GPU"
+    )
+
     use_lora: bool = Field(True, description="Train LoRA adapters; false: train all weights")
     lora_r: int = Field(16, ge=1, description="Rank of the adapters")
     lora_alpha: int = Field(32, ge=1, description="Scale of the adapters: alpha / r")

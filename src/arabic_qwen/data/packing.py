@@ -84,6 +84,8 @@ class PackedBatch:
     key_lengths: list[int]  # S lengths that add up to M
     cu_seqlens_q: torch.Tensor  # [S + 1] int32, cumulative query_lengths
     cu_seqlens_k: torch.Tensor  # [S + 1] int32, cumulative key_lengths
+    max_query: int  # at least the longest of query_lengths
+    max_key: int  # at least the longest of key_lengths
     kv_index: torch.Tensor | None  # [M] int64: stream position of each key; None where keys are the stream itself
     target_index: torch.Tensor  # [T] int64: stream position whose hidden state predicts the target
     target_ids: torch.Tensor  # [T] int64
@@ -162,6 +164,8 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
         key_lengths=key_lengths,
         cu_seqlens_q=cumulative(query_lengths),
         cu_seqlens_k=cumulative(key_lengths),
+        max_query=_rounded_up(max(query_lengths)),
+        max_key=_rounded_up(max(key_lengths)),
         kv_index=long(kv_index) if query_lengths != key_lengths else None,
         target_index=long(target_index),
         target_ids=long(target_ids),
@@ -175,6 +179,11 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
         tags=torch.tensor([group.tag for group in groups]),
         reference=_reference(groups),
     )
+
+
+def _rounded_up(length: int) -> int:
+    """To a multiple of 256: compiled layers see few different numbers, and flash attention needs no exact one."""
+    return -(-length // 256) * 256
 
 
 def _reference(groups: Sequence[Group]) -> torch.Tensor | None:

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainingArguments
@@ -15,6 +15,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from arabic_qwen.config import BaseConfig
+from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.data.sources import data_seed
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.precision import compute_dtype
@@ -115,6 +116,18 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
                 f"ddp_backend: {config.ddp_backend!r} is for several processes, which torchrun starts; set it to null"
             ) from error
         raise ConfigurationError(f"transformers refuses the configuration: {error}") from error
+
+
+def planned_tokens(config: BaseConfig, train: Any) -> float:
+    """About how many tokens training runs over; inf for a stream, which is for data larger than memory."""
+    if not isinstance(train, GroupDataset):
+        return math.inf
+    lengths = train.lengths
+    if config.max_steps is None:
+        return sum(lengths) * config.num_train_epochs
+    sequences = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    packed = config.max_seq_length if getattr(config, "packing", False) else 0
+    return sequences * max(packed, sum(lengths) / len(lengths))
 
 
 def _check_packages(config: BaseConfig) -> None:

@@ -22,10 +22,10 @@ from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.data.templates import set_template, stop_token_ids
 from arabic_qwen.errors import ConfigurationError, DatasetError, TrainingError
 from arabic_qwen.files import staged
-from arabic_qwen.models import adapters, loading, precision, sources
+from arabic_qwen.models import adapters, compilation, loading, precision, sources
 from arabic_qwen.models.reference import precompute, reference_policy
 from arabic_qwen.training import checkpoints
-from arabic_qwen.training.arguments import Schedule, resolve_schedule, training_arguments
+from arabic_qwen.training.arguments import Schedule, planned_tokens, resolve_schedule, training_arguments
 from arabic_qwen.training.callbacks import run_callbacks
 from arabic_qwen.training.dialects import tag_dialects
 from arabic_qwen.training.engine import PackedTrainer
@@ -342,6 +342,8 @@ class BaseTrainer(GenerationMixin):
                     )
                 for split, groups in zip(dataset.values(), known_splits, strict=True):
                     split.groups = groups
+        if compilation.worthwhile(config, self.model, planned_tokens(config, dataset["train"])):
+            compilation.compile_packed(self.model)
         return PackedTrainer(
             objective=objective,
             reference=reference,
