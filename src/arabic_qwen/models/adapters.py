@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, set_seed
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.models.fp8 import convert_to_fp8
 
 # PEFT's business, not the user's.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -30,7 +31,8 @@ def add_lora(model: PreTrainedModel, config: BaseConfig) -> PeftModel:
     switched off is not exactly what it is with new ones, `initial_adapter` of the result keeps the new ones' weights.
 
     Raises:
-        ConfigurationError: `lora_target_modules` names no linear layer of this model.
+        ConfigurationError: `lora_target_modules` names no linear layer of this model, or `base_precision` is fp8 and a
+            layer's size does not suit it.
     """
     targets = config.lora_target_modules
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not n.endswith("lm_head")]
@@ -59,6 +61,8 @@ def add_lora(model: PreTrainedModel, config: BaseConfig) -> PeftModel:
     set_seed(config.seed)
     if takes_from_base(lora) or lora.use_dora:  # DoRA's norms round in half precision
         adapted.initial_adapter = {name: weight.clone() for name, weight in _weights(adapted).items()}
+    if config.base_precision == "fp8":
+        convert_to_fp8(adapted, trainable=True)
     return adapted
 
 
