@@ -18,7 +18,7 @@ from arabic_qwen.config import BaseConfig
 from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.data.sources import data_seed
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.models.precision import compute_dtype
+from arabic_qwen.models.precision import check_bitsandbytes, compute_dtype
 from arabic_qwen.redaction import redact
 
 # transformers is renaming its argument.
@@ -28,6 +28,8 @@ _CHECKPOINTING = next(
     if name in {field.name for field in dataclasses.fields(TrainingArguments)}
 )
 
+
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit"}
 
 _REPORTING_EXTRAS = ("mlflow", "tensorboard", "wandb")
 
@@ -79,6 +81,7 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
             per_device_train_batch_size=config.per_device_train_batch_size,
             per_device_eval_batch_size=config.per_device_eval_batch_size,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
+            optim=_OPTIMIZERS[config.optim],
             lr_scheduler_type=config.lr_scheduler_type,
             warmup_steps=config.warmup_ratio,  # below 1 it is a ratio
             weight_decay=config.weight_decay,
@@ -131,6 +134,10 @@ def planned_tokens(config: BaseConfig, train: Any) -> float:
 
 
 def _check_packages(config: BaseConfig) -> None:
+    if config.optim == "adamw_8bit":
+        if not torch.cuda.is_available():
+            raise ConfigurationError("optim: adamw_8bit needs a CUDA device; set it to adamw")
+        check_bitsandbytes("optim")
     if config.deepspeed:
         if not Path(config.deepspeed).is_file():
             raise ConfigurationError(f"deepspeed: {config.deepspeed} does not exist; give a DeepSpeed JSON file")
