@@ -161,7 +161,8 @@ class GuardedTrainer(ResumableTrainer):
 
     def _name_rows(self, rows: Iterable[int]) -> str:
         """Of all ranks."""
-        return "; ".join(gather_object([name_rows(self._places, rows)]))
+        own = list(rows)
+        return "; ".join(gather_object([name_rows(self._places, own)] if own else [])) or name_rows(None, [])
 
     def _stop_before(self, judged: _Judged, loss: float, grad_norm: float, parts: list[float]) -> NoReturn:
         """End the run as it was before a step.
@@ -181,8 +182,9 @@ class GuardedTrainer(ResumableTrainer):
         self._judged.clear()
         saved = self._return_to(judged.before)
         raise TrainingError(
-            f"step {judged.step}: the {what}, in {rows}; the weights are as they were before it{saved}. Look at these "
-            "rows, lower learning_rate, or set torch_dtype to float32; then run again with resume_changed=true"
+            f"step {judged.step}: the {what}, in {rows}; the weights are as they were before it{saved}. Correct "
+            "these rows, or set torch_dtype to float32, and go on with resume_changed=true; if the loss had grown before, "
+            "begin anew with a lower learning_rate and resume_from_checkpoint=never"
         )
 
     def _run_state(self) -> dict[str, Any]:
