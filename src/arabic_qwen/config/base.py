@@ -228,6 +228,9 @@ class BaseConfig(BaseModel):
     )
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient-norm clipping; 0: none")
+    loss_spikes: Literal["log", "skip"] = Field(
+        "log", description="Steps whose loss is far above those before: log them with their rows, or skip their updates"
+    )
     gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass to save memory")
     seed: int = Field(42, ge=0, le=_MAX_SEED, description="Seed of initialisation and dropout")
     data_seed: int | None = Field(

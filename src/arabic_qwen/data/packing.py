@@ -27,6 +27,7 @@ class Group(NamedTuple):
         reference: the reference's log-probability of each completion (and of `mismatched`), where it is precomputed.
         lengths: of each completion, as the data gives them, in any unit; for reports only.
         tag: 0, or which part of the set it is measured with too.
+        row: where it comes from (:class:`~arabic_qwen.data.places.Places`); below 0: not known.
     """
 
     prompt: np.ndarray
@@ -36,11 +37,17 @@ class Group(NamedTuple):
     reference: tuple[float, ...] | None = None
     lengths: tuple[float, ...] | None = None
     tag: int = 0
+    row: int = -1
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the group takes in the stream: the prompt counts once."""
         return len(self.prompt) + sum(len(completion.ids) for completion in self.completions)
+
+    @property
+    def num_budgeted(self) -> int:
+        """Tokens that count against a token budget: `mismatched` too."""
+        return self.num_tokens + (len(self.mismatched.ids) if self.mismatched else 0)
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -204,5 +211,5 @@ def with_mismatched(group: Group, own: bool) -> Group:
 
 def micro_batches(groups: Sequence[Group], token_budget: int) -> list[list[Group]]:
     """Cut groups into few batches of at most `token_budget` tokens, `mismatched` too; a longer group stands alone."""
-    lengths = [group.num_tokens + (len(group.mismatched.ids) if group.mismatched else 0) for group in groups]
+    lengths = [group.num_budgeted for group in groups]
     return [[groups[i] for i in sorted(members)] for members in best_fit_decreasing(lengths, token_budget)]

@@ -348,6 +348,7 @@ class BaseTrainer(GenerationMixin):
             objective=objective,
             reference=reference,
             token_budget=token_budget,
+            loss_spikes=config.loss_spikes,
             sequence_capacity=config.max_seq_length if getattr(config, "packing", False) else None,
             model=self.model,
             args=training_args,
