@@ -109,7 +109,7 @@ class TestEveryFormat:
     @pytest.mark.parametrize("name", [*TEXT_NAMES, "data.parquet"])
     def test_missing_file(self, tmp_path, name):
         with pytest.raises(
-            DatasetError, match=rf"{name}: cannot be read \(No such file or directory\); check dataset_path"
+            DatasetError, match=rf"{name}: cannot be read \(No such file or directory\); check its name"
         ):
             list(read_file(tmp_path / name))
 

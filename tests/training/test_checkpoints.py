@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.errors import ConfigurationError, OutputError
 from arabic_qwen.files import UNFINISHED
 from arabic_qwen.training import checkpoints, snapshots
 from arabic_qwen.training.base_trainer import BaseTrainer
@@ -222,7 +222,7 @@ class TestFiles:
                 raise OSError(28, "No space left on device")
             save_state(state, path)
 
-        with monkeypatch.context() as patch, pytest.raises(OSError):
+        with monkeypatch.context() as patch, pytest.raises(OutputError, match=r"checkpoint-4: .*No space"):
             patch.setattr("arabic_qwen.training.resumable.save_state", fail)
             train(config)
         folder = Path(config.output_dir)

@@ -69,7 +69,11 @@ def read_file(path: Path) -> Rows:
     except OSError as error:
         if error.strerror is None:  # what gzip and pyarrow say about contents
             raise _damaged(path, error) from None
-        raise DatasetError(f"{path}: cannot be read ({error.strerror}); check dataset_path") from None
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path, error: OSError) -> DatasetError:
+    return DatasetError(f"{path}: cannot be read ({error.strerror}); check its name and who may read it")
 
 
 def _damaged(path: Path, error: Exception) -> DatasetError:

@@ -18,7 +18,7 @@ from arabic_qwen.config import BaseConfig
 from arabic_qwen.config.data import DataSource, data_sources
 from arabic_qwen.data.bad_rows import BadRow
 from arabic_qwen.data.layouts import are_messages
-from arabic_qwen.data.readers import FORMATS, Row, Rows, is_data_file, is_table, read_file
+from arabic_qwen.data.readers import FORMATS, Row, Rows, is_data_file, is_table, read_file, unreadable
 from arabic_qwen.errors import DatasetError
 
 #: `dataset_path: sample:sft` and so on: small sets that come with the package.
@@ -52,6 +52,30 @@ def read_rows(config: BaseConfig, dataset_path: Any, *, stream: bool = False) ->
 
 def data_seed(config: BaseConfig) -> int:
     return config.seed if config.data_seed is None else config.data_seed
+
+
+def identity(config: BaseConfig, dataset_path: Any) -> list[str]:
+    """What tells data cheaply: name and bytes of each file here; name, configuration and split of a hub set.
+
+    Raises:
+        DatasetError: a file does not exist.
+    """
+    return [part for source in data_sources(dataset_path) for part in _identity(_resolve(config, source))]
+
+
+def _identity(source: DataSource) -> list[str]:
+    name = source.path
+    path = _sample(name) if name.startswith("sample:") else Path(name).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+    elif path.exists() or is_data_file(name):
+        files = [path]
+    else:
+        return [f"{name}, {source.config}, {source.split}"]
+    try:
+        return [f"{file.name} of {file.stat().st_size:,} bytes" for file in files]
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def _resolve(config: BaseConfig, source: DataSource) -> DataSource:
