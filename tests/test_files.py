@@ -81,9 +81,9 @@ def test_other_errors_are_not_of_the_place(tmp_path, error):
 
 
 def test_less_space_than_needed_is_said_before_anything_is_written(tmp_path):
-    with pytest.raises(OutputError, match=r"run: cannot be written .* about 1,000,000\.0 GB needed, "):
-        with staged(tmp_path / "run", 10**15):
-            raise AssertionError
+    message = r"run: cannot be written .* about 1,000,000\.0 GB needed, "
+    with pytest.raises(OutputError, match=message), staged(tmp_path / "run", 10**15):
+        raise AssertionError
     assert not (tmp_path / "run").exists()
 
 

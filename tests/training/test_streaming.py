@@ -93,7 +93,7 @@ class TestBadRows:
         data.write_text(
             data.read_text().replace('{"instruction": "س7", "response": ""}', '{"instruction": "س", "response": "ج"}')
         )
-        with pytest.raises(ConfigurationError, match="the train data is not what it was .* set resume_changed"):
+        with pytest.raises(ConfigurationError, match=r"the train data is not what it was .* set resume_changed"):
             BaseTrainer(config).train()
         trainer = BaseTrainer(config.model_copy(update={"resume_changed": True}))
         trainer.train()  # with the row corrected, it goes on
