@@ -239,8 +239,8 @@ def test_any_adapter_configuration_is_read_or_an_error_of_ours(adapter, values):
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"num_hidden_layers": 10**9}, "describes 4e+13 weights in 1e+09 layers"),
-        ({"hidden_size": 10**9}, "weights in 2e+00 layers, as no Qwen model has"),
+        ({"num_hidden_layers": 10**9}, "describes 3e+13 weights in 1,000,000,000 layers"),
+        ({"hidden_size": 10**9}, "weights in 2 layers, as no Qwen model has"),
         ({"vocab_size": 10**12}, "as no Qwen model has"),
         ({"num_attention_heads": 10**12}, "as no Qwen model has"),
         ({"intermediate_size": 2**20}, "weights, but its safetensors hold "),

@@ -194,7 +194,7 @@ def _read_folder(folder: Path, source: DataSource) -> Iterator[tuple[str, Rows]]
     if isinstance(table, datasets.DatasetDict):
         if source.split not in table:
             raise DatasetError(
-                f"{folder}: has no split {source.split!r}; set dataset_split to one of {', '.join(table)}"
+                f"{folder}: has no split {source.split!r}, only {', '.join(table)}; in training set dataset_split"
             )
         table = table[source.split]
     try:
@@ -209,7 +209,7 @@ def _check_inside(folder: Path, paths: Iterable[Path]) -> None:
     root = (folder.parents[1] if folder.parent.name == "snapshots" else folder).resolve()
     for path in sorted(paths):
         if path.is_symlink() and not path.resolve().is_relative_to(root):
-            raise DatasetError(f"{path}: is a link that leads out of {folder}; name in dataset_path what it leads to")
+            raise DatasetError(f"{path}: is a link that leads out of {folder}; name what it leads to")
 
 
 def _check_saved(folder: Path) -> None:
@@ -237,7 +237,7 @@ def _load_from_hub(source: DataSource, stream: bool) -> Iterable[dict[str, Any]]
     except RepositoryNotFoundError:
         reason = "is neither a file or folder here nor a public set on the hub; check the name, or log in with `hf auth login`"
     except ValueError as error:  # an unknown split or configuration; the message lists those that there are
-        reason = f"{_first_line(error)}; check dataset_split and dataset_config"
+        reason = f"{_first_line(error)}; in training set dataset_split and dataset_config"
     except Exception as error:
         reason = (
             f"does not exist here, and the hub cannot be reached ({_first_line(error)}); check the path or the network"

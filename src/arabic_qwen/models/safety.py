@@ -133,7 +133,7 @@ def check_sizes(name: str, config: Mapping[str, Any], shapes: Shapes | None) -> 
     width = config.get("head_dim") or hidden // heads
     weights = vocabulary * hidden + layers * hidden * (3 * intermediate + 2 * (heads + kv_heads) * width)
     if layers > _MOST_LAYERS or weights > _MOST_WEIGHTS:
-        raise _absurd(name, f"config.json describes {weights:.0e} weights in {layers:.0e} layers, as no Qwen model has")
+        raise _absurd(name, f"config.json describes {weights:.0e} weights in {layers:,} layers, as no Qwen model has")
     held = weights if shapes is None else sum(map(math.prod, shapes.values()))
     if weights > 2 * held:  # where only a few tensors are missing, they are named when it is loaded
         raise _absurd(name, f"config.json describes {weights:,} weights, but its safetensors hold {held:,}")
@@ -145,7 +145,9 @@ def check_ranks(name: str, config: Mapping[str, Any], shapes: Shapes) -> None:
     largest = max((min(shape, default=0) for key, shape in shapes.items() if ".lora_" in key), default=0)
     for rank in (config.get("r", 1), *(pattern.values() if isinstance(pattern, dict) else ())):
         if type(rank) is not int or not 1 <= rank <= largest:
-            reason = f"adapter_config.json: r or rank_pattern is {rank!r:.50}, but its weights have rank {largest} at most"
+            reason = (
+                f"adapter_config.json: r or rank_pattern is {rank!r:.50}, but its weights have rank {largest} at most"
+            )
             raise _absurd(name, reason)
 
 

@@ -169,7 +169,7 @@ def _check_folder(folder: Path) -> dict[str, list[int]]:
         raise ModelLoadError(
             f"{folder}: {', '.join(missing)} is missing; download or copy the model again, or save it as safetensors"
         )
-    shapes = {}
+    shapes: dict[str, list[int]] = {}
     for shard in shards:
         try:
             with safe_open(shard, "pt") as tensors:
