@@ -10,6 +10,7 @@ import os
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,7 +28,7 @@ from arabic_qwen.data.packing import Completion, Group
 from arabic_qwen.data.places import Places
 from arabic_qwen.data.preferences import Preference, to_contrast, to_feedback, to_measured_pair, to_pair
 from arabic_qwen.data.readers import Row, Rows
-from arabic_qwen.data.sources import data_seed, read_rows
+from arabic_qwen.data.sources import data_seed, identity, read_rows
 from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.data.templates import Piece, encode_pieces, render_answer, render_pieces, render_prompt
 from arabic_qwen.errors import ConfigurationError, DatasetError
@@ -103,8 +104,11 @@ class DataLoader:
         self.bad_rows.check()
         if not config.eval_dataset_path and not config.streaming:
             train, validation = self._hold_out(train, [example.key for example in train])
-        splits: dict[str, Any] = {"train": GroupStream(self._stream_rows, self._encode_window, self.bad_rows)}
-        if not config.streaming:
+        splits: dict[str, Any] = {}
+        if config.streaming:
+            identify = partial(identity, config, config.dataset_path)
+            splits["train"] = GroupStream(self._stream_rows, self._encode_window, self.bad_rows, identify)
+        else:
             splits["train"] = self._train_set(train)
             if not len(splits["train"]):
                 raise DatasetError(f"{describe(config.dataset_path)}: no rows are left to train on")

@@ -170,6 +170,12 @@ def save_model(model: Any, config: BaseConfig, folder: Path) -> bool:
     return False
 
 
+def saved_bytes(model: Any, *, whole: bool = False) -> int:
+    """Bytes of the weights that are saved, about: adapters, or all of them where there are none or `whole`."""
+    whole = whole or not isinstance(model, PeftModel)
+    return sum(weight.nbytes for weight in model.parameters() if whole or weight.requires_grad)
+
+
 def merged_copy(config: BaseConfig, adapter_dir: str | os.PathLike) -> PreTrainedModel:
     """The base model, loaded again unquantised, with the adapter saved in `adapter_dir` merged into it."""
     adapter = os.fspath(adapter_dir)

@@ -22,7 +22,7 @@ from safetensors.torch import save
 
 from arabic_qwen.data.packing import Group
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.files import write_atomically
+from arabic_qwen.files import write_atomically, writing
 from arabic_qwen.models.adapters import grow_embedding, takes_from_base
 from arabic_qwen.models.loading import load_model, load_tokenizer
 from arabic_qwen.models.memory_limit import within_memory
@@ -182,7 +182,8 @@ def _reference_logps(
         found = _compute([groups[i] for i in own], frozen, token_budget)
         everyone = dict(gather_object(list(zip(own, found, strict=True))))
         logps = torch.tensor([logp for i in range(len(groups)) for logp in everyone[i]])
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            cache_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save({"logps": logps}, {"sha256": _sha256(logps)}))  # each process writes the same
     assert logps is not None
     return [part.tolist() for part in logps.split([len(_scored(group)) for group in groups])]

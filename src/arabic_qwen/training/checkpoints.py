@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from arabic_qwen.config import BaseConfig, load_config
 from arabic_qwen.data.bad_rows import BAD_ROWS_FILE, is_first_process
 from arabic_qwen.data.dataset import GroupDataset
+from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.files import remove_folder, remove_unfinished, write_atomically
 from arabic_qwen.models.sources import RUN_CONFIG
@@ -215,7 +216,7 @@ def begin_run(run: Run, config: BaseConfig, sums: Mapping[str, str]) -> Iterator
 
 
 def data_sums(dataset: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 of each split's token ids and targets, in their order; none of what is streamed or not ours."""
+    """SHA-256 of each split's token ids and targets, in their order; of what is streamed, of its files' names and sizes."""
     sums = {}
     for name, split in dataset.items():
         if isinstance(split, GroupDataset):
@@ -225,6 +226,8 @@ def data_sums(dataset: Mapping[str, Any]) -> dict[str, str]:
                 for ids, targets in group.completions:
                     digest.update(b"|" + ids.tobytes() + targets.tobytes())
             sums[name] = digest.hexdigest()
+        elif isinstance(split, GroupStream):
+            sums[name] = hashlib.sha256("\n".join(split.identity).encode()).hexdigest()
     return sums
 
 
