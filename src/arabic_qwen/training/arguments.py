@@ -7,7 +7,7 @@ import importlib.util
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainingArguments
@@ -69,6 +69,10 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
     """
     _check_packages(config)
     dtype = compute_dtype(config)
+    checkpointing: dict[str, Any] = {
+        _CHECKPOINTING: _recomputes(config),
+        f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False},
+    }
     try:
         return TrainingArguments(
             output_dir=config.resolved_output_dir,
@@ -99,7 +103,7 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
             bf16=dtype is torch.bfloat16,
             fp16=dtype is torch.float16,
             use_cpu=not torch.cuda.is_available(),
-            **{_CHECKPOINTING: config.gradient_checkpointing, f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False}},
+            **checkpointing,
             dataloader_num_workers=config.dataloader_num_workers,
             dataloader_pin_memory=config.dataloader_pin_memory,
             train_sampling_strategy="group_by_length" if config.group_by_length else "random",
@@ -115,6 +119,11 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
                 f"ddp_backend: {config.ddp_backend!r} is for several processes, which torchrun starts; set it to null"
             ) from error
         raise ConfigurationError(f"transformers refuses the configuration: {error}") from error
+
+
+def _recomputes(config: BaseConfig) -> bool:
+    """Whether all layers recompute; where that is chosen, before it is."""
+    return torch.cuda.is_available() if config.gradient_checkpointing == "auto" else config.gradient_checkpointing
 
 
 def _check_packages(config: BaseConfig) -> None:
