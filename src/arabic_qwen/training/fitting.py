@@ -176,7 +176,7 @@ def fit(trainer: Any) -> None:
         _, groups = next(groups.windows({}))
     layers = decoder_layers(trainer.model)
     begun = bool(trainer.optimizer.state)
-    moments = 0 if begun else 2 if "8bit" in str(trainer.args.optim) else 8
+    moments = 0 if begun else 2 if "8bit" in str(trainer.args.optim).lower() else 8
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     measure = CudaMeasure(trainer.model, groups, moments * trained)
     memory = measure.memory()
