@@ -13,7 +13,8 @@ from arabic_qwen.config import CPOConfig, DPOConfig, KTOConfig, SFTConfig
 from arabic_qwen.data.packing import Completion, Group, pack
 from arabic_qwen.errors import TrainingError
 from arabic_qwen.models.attention import _segments, _varlen
-from arabic_qwen.training import snapshots
+from arabic_qwen.models.recompute import decoder_layers
+from arabic_qwen.training import fitting, snapshots
 from arabic_qwen.training.base_trainer import BaseTrainer
 from tests.training.test_guards import Faulty
 
@@ -264,3 +265,29 @@ def test_a_step_that_did_not_fit_is_done_again(config):
     trainer.train()
     assert trainer.trainer.token_budget < 60
     assert trainer.trainer.state.global_step == 2
+
+
+def test_memory_is_used_and_not_exceeded(config, monkeypatch):
+    config.gradient_checkpointing, config.packing, config.max_steps = "auto", True, 3
+    config.per_device_train_batch_size = 100
+    trainer = BaseTrainer(config)
+    engine, _ = trainer.prepare()
+    engine.fits_budget = engine.fits_recompute = False
+    engine.train()  # brings in kernels and their workspaces
+    engine.fits_budget = engine.fits_recompute = True
+    groups = engine.train_groups
+    measure = fitting.CudaMeasure(engine.model, groups, 0)
+    random_state = torch.cuda.get_rng_state()
+    needed = measure(2048, 1)
+    assert torch.equal(torch.cuda.get_rng_state(), random_state)
+    assert all(parameter.grad is None for parameter in engine.model.parameters())
+    assert measure(2048, 0) < needed < measure(2048, 2) < measure(4096, 2)
+    monkeypatch.setattr(fitting.CudaMeasure, "memory", lambda self: round(needed * 1.01 / fitting.USABLE))
+    engine.recomputed = None
+    engine.token_budget, engine.fits_budget = 2048, False
+    fitting.fit(engine)
+    assert engine.recomputed == 1
+    assert [layer.gradient_checkpointing for layer in decoder_layers(engine.model)] == [True, False]
+    torch.cuda.reset_peak_memory_stats()
+    engine.train()
+    assert torch.cuda.max_memory_allocated() < 1.05 * needed

@@ -219,7 +219,7 @@ class BaseConfig(BaseModel):
     per_device_eval_batch_size: int = Field(8, ge=1, description="Evaluation sequences per device and step")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Batches per optimizer step")
     token_budget: int | None = Field(
-        None, ge=1, description="Tokens computed at a time; changes speed and memory, never results; unset: by device"
+        None, ge=1, description="Tokens computed at a time; changes speed and memory, never results; unset: what fits"
     )
     lr_scheduler_type: SchedulerName = Field("linear", description="Learning-rate schedule, by its transformers name")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises")
@@ -231,7 +231,10 @@ class BaseConfig(BaseModel):
     loss_spikes: Literal["log", "skip"] = Field(
         "log", description="Steps whose loss is far above those before: log them with their rows, or skip their updates"
     )
-    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass to save memory")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        True,
+        description="Recompute activations in the backward pass to save memory; auto: in as few layers as memory needs",
+    )
     seed: int = Field(42, ge=0, le=_MAX_SEED, description="Seed of initialisation and dropout")
     data_seed: int | None = Field(
         42, ge=0, le=_MAX_SEED, description="Seed of the split and the data order; null: seed"

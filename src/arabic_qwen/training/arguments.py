@@ -72,6 +72,10 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
     """
     _check_packages(config)
     dtype = compute_dtype(config)
+    checkpointing: dict[str, Any] = {
+        _CHECKPOINTING: _recomputes(config),
+        f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False},
+    }
     try:
         return TrainingArguments(
             output_dir=config.resolved_output_dir,
@@ -103,7 +107,7 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
             bf16=dtype is torch.bfloat16,
             fp16=dtype is torch.float16,
             use_cpu=not torch.cuda.is_available(),
-            **{_CHECKPOINTING: config.gradient_checkpointing, f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False}},
+            **checkpointing,
             dataloader_num_workers=config.dataloader_num_workers,
             dataloader_pin_memory=config.dataloader_pin_memory,
             train_sampling_strategy="group_by_length" if config.group_by_length else "random",
@@ -131,6 +135,11 @@ def planned_tokens(config: BaseConfig, train: Any) -> float:
     sequences = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
     packed = config.max_seq_length if getattr(config, "packing", False) else 0
     return sequences * max(packed, sum(lengths) / len(lengths))
+
+
+def _recomputes(config: BaseConfig) -> bool:
+    """Whether all layers recompute; where that is chosen, before it is."""
+    return torch.cuda.is_available() if config.gradient_checkpointing == "auto" else config.gradient_checkpointing
 
 
 def _check_packages(config: BaseConfig) -> None:

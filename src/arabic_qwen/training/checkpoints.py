@@ -47,6 +47,7 @@ _HARMLESS = {
     "dialect_model",
     "token_budget",
     "gradient_checkpointing",
+    "torch_compile",
     "save_total_limit",
     "dataloader_num_workers",
     "dataloader_pin_memory",

@@ -27,6 +27,7 @@ from arabic_qwen.errors import ConfigurationError, TrainingError
 from arabic_qwen.losses.kto import kto_kl
 from arabic_qwen.models.memory_limit import within_memory
 from arabic_qwen.models.reference import Reference
+from arabic_qwen.training import fitting
 from arabic_qwen.training.guards import GuardedTrainer
 from arabic_qwen.training.objectives import Objective, Scores, Sums, join_scores
 from arabic_qwen.training.sampler import Sequences, StepSampler
@@ -57,7 +58,8 @@ class PackedTrainer(GuardedTrainer):
     Args:
         objective: the method's loss and metrics.
         reference: (model) -> context in which the reference model is called; for objectives that need one.
-        token_budget: tokens of a micro-batch; halved where they do not fit into memory.
+        token_budget: tokens of a micro-batch, halved where they do not fit into memory; None: what fits, on CUDA.
+        fits_recompute: whether as few layers recompute their activations as memory needs, on CUDA.
         loss_spikes: as :class:`GuardedTrainer` says.
         sequence_capacity: tokens that a training sequence is filled up to with several examples; None: one example.
         kwargs: as for transformers.Trainer; datasets are sequences of :class:`Group`, or a :class:`GroupStream` to train
@@ -68,7 +70,8 @@ class PackedTrainer(GuardedTrainer):
         self,
         *,
         objective: Objective,
-        token_budget: int,
+        token_budget: int | None,
+        fits_recompute: bool = False,
         sequence_capacity: int | None = None,
         loss_spikes: Literal["log", "skip"] = "log",
         reference: Reference | None = None,
@@ -83,7 +86,9 @@ class PackedTrainer(GuardedTrainer):
             ) from None
         self.objective: Objective = objective
         self.train_groups: Any = self.train_dataset
-        self._collate = Collate(token_budget, objective.needs_kl)
+        self._collate = Collate(token_budget or fitting.default_budget(), objective.needs_kl)
+        self.fits_budget, self.fits_recompute = token_budget is None, fits_recompute
+        self.recomputed: int | None = None  # layers, where that was chosen
         self.backs_off = True  # where memory does not suffice
         self.loss_spikes = loss_spikes
         self.sequence_capacity = sequence_capacity
@@ -127,6 +132,13 @@ class PackedTrainer(GuardedTrainer):
         # Trainer has set state.epoch when it starts an epoch, also in the middle of one after a resume.
         sampler = StepSampler(self.args, sequences.lengths, sequences.labels, epoch=lambda: int(self.state.epoch or 0))
         return self._loader(sequences, sampler)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, *args: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, *args)
+        fitting.fit(self)
+        if not isinstance(self.train_groups, GroupStream):  # which asks for the token budget as it goes
+            train_dataloader.collate_fn = self._collate
+        return prepared
 
     def _streamed_steps(self) -> Iterator[Step]:
         """This rank's share of each step, from where the data was left.
@@ -312,11 +324,14 @@ class PackedTrainer(GuardedTrainer):
 
     def progress(self) -> dict[str, Any]:
         place = self._place and self._place | {"done": self.state.global_step}
-        return {"token_budget": self.token_budget, "place": place}
+        return {"token_budget": self.token_budget, "recomputed": self.recomputed, "place": place}
 
     def go_on(self, progress: dict[str, Any]) -> None:
         self._place = progress.get("place", {})
-        self.token_budget = min(self.token_budget, progress.get("token_budget", self.token_budget))
+        if "token_budget" in progress:
+            self.token_budget, self.fits_budget = min(self.token_budget, progress["token_budget"]), False
+        if self.fits_recompute and progress.get("recomputed") is not None:
+            self.recomputed, self.fits_recompute = progress["recomputed"], False
 
     def running(self) -> dict[str, Any]:
         return super().running() | {"sums": dict(self._sums)}
