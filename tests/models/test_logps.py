@@ -22,7 +22,7 @@ def inputs(dtype=torch.float32, tokens: int = TOKENS) -> tuple[torch.Tensor, tor
 
 @pytest.fixture(params=[1, 4, 5, TOKENS, 1000], ids=lambda rows: f"chunks of {rows}")
 def chunk_rows(request, monkeypatch) -> int:
-    monkeypatch.setattr(logps, "_chunks", lambda hidden, weight: range(0, len(hidden), request.param))
+    monkeypatch.setattr(logps, "_chunks", lambda hidden, *_: range(0, len(hidden), request.param))
     return request.param
 
 

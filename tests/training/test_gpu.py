@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,15 @@ from transformers import TrainerCallback
 from arabic_qwen.config import CPOConfig, DPOConfig, KTOConfig, SFTConfig
 from arabic_qwen.data.packing import Completion, Group, pack
 from arabic_qwen.errors import TrainingError
+from arabic_qwen.models.adapters import add_lora
 from arabic_qwen.models.attention import _segments, _varlen
+from arabic_qwen.models.fp8 import FP8Linear
+from arabic_qwen.models.loading import load_model
 from arabic_qwen.models.recompute import decoder_layers
+from arabic_qwen.models.scoring import score_completions
 from arabic_qwen.training import fitting, snapshots
 from arabic_qwen.training.base_trainer import BaseTrainer
+from arabic_qwen.training.state import load_state
 from tests.training.test_guards import Faulty
 
 pytestmark = [
@@ -291,3 +297,132 @@ def test_memory_is_used_and_not_exceeded(config, monkeypatch):
     torch.cuda.reset_peak_memory_stats()
     engine.train()
     assert torch.cuda.max_memory_allocated() < 1.05 * needed
+
+
+def has_fp8():
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+
+needs_fp8 = pytest.mark.skipif(not has_fp8(), reason="needs an Ada, Hopper or newer GPU")
+
+
+def relative(found, exact):
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+@needs_fp8
+@pytest.mark.parametrize(("inputs", "outputs"), [(3584, 18944), (18944, 3584), (896, 128)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fp8_products(inputs, outputs, compiled):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(inputs, outputs, bias=outputs == 128, device="cuda", dtype=torch.bfloat16)
+    layer = FP8Linear(linear, trainable=True)
+    if compiled:
+        layer.compile(dynamic=True)
+    for rows in (17, 4099, 1):
+        x = torch.randn(1, rows, inputs, device="cuda", dtype=torch.bfloat16)
+        x[..., 5] *= 100  # as Qwen's activations have
+        x.requires_grad_()
+        upstream = torch.randn(1, rows, outputs, device="cuda", dtype=torch.bfloat16)
+        with torch.autocast("cuda", torch.bfloat16):
+            y = layer(x)
+        y.backward(upstream)
+        exact = torch.nn.functional.linear(x.double(), *[parameter.double() for parameter in linear.parameters()])
+        assert relative(y, exact) < 0.04
+        assert relative(x.grad, upstream.double() @ linear.weight.double()) < 0.04
+
+
+@needs_fp8
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fp8_under_adapters_in_compiled_layers(model_dir, checkpointing):
+    config = SFTConfig(base_precision="fp8", lora_target_modules="all-linear", lora_dropout=0.0)
+    groups = [([3, 4, 5], [[6, 7, 8], [9]]), ([7] * 40, [[8] * 33])]
+
+    def run(compiled):
+        model = add_lora(load_model(str(model_dir), config, trainable=True), config).train()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator("cuda").manual_seed(0))
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if compiled:
+            for layer in model.get_decoder().layers:
+                layer.mlp.compile(dynamic=True)
+        for some in (groups[:1], groups):  # another length
+            model.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                logps = torch.cat([part for parts in score_completions(model, some) for part in parts])
+            logps.sum().backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert all(p.grad is not None and p.grad.any() for p in trained)
+        return logps.detach(), torch.cat([p.grad.flatten() for p in trained])
+
+    for ours, eager in zip(run(compiled=True), run(compiled=False), strict=True):
+        assert relative(ours, eager.double()) < 0.05  # compiled kernels round less often
+
+
+@needs_fp8
+def test_fp8_base(config):
+    config.lora_dropout, config.learning_rate, config.max_steps = 0.0, 5e-3, 10
+    plain, _ = losses(config)
+    config.base_precision = "fp8"
+    values, trainer = losses(config)
+    assert values == pytest.approx(plain, rel=0.05) and values != plain
+    assert trainer.predict(["ما عاصمة الأردن؟", "مرحبا"], max_length=4)
+    assert trainer.generate_comparison("مرحبا", max_length=2)
+    loaded = BaseTrainer(SFTConfig())
+    loaded.load_model(config.output_dir)
+    assert loaded.config.base_precision == "fp8"
+    rows = config.dataset_path
+    assert loaded.evaluate(rows)["eval_loss"] == pytest.approx(trainer.evaluate(rows)["eval_loss"], rel=1e-3)
+
+
+@needs_fp8
+@pytest.mark.parametrize("config_class", [DPOConfig, KTOConfig, CPOConfig])
+def test_preferences_on_an_fp8_base(model_dir, tmp_path, config_class):
+    values = {"unpair_preferences": True} if config_class is KTOConfig else {}
+    values |= {"base_precision": "fp8", "lora_dropout": 0.0, "logging_steps": 1}
+    trainer = BaseTrainer(pairs_config(config_class, model_dir, tmp_path, **values))
+    before = trainer.evaluate()
+    trainer.train()
+    assert trainer.metrics["eval_rewards/margins"] > before["eval_rewards/margins"] + 0.05
+    if config_class is DPOConfig:  # the reference is on the same base
+        assert trainer.trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_8_bit_optimizer(config, tmp_path, use_lora):
+    config.use_lora, config.lora_r, config.learning_rate = use_lora, 64, 1e-2 if use_lora else 1e-3
+    plain, _ = losses(config)
+    config.optim = "adamw_8bit"
+    values, _ = losses(config)
+    assert values[-1] < 0.7 * values[0]
+    assert values == pytest.approx(plain, rel=0.2)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_8_bit_optimizer_goes_on_exactly(config, tmp_path):
+    config.optim, config.lora_r, config.max_steps, config.save_steps = "adamw_8bit", 64, 6, 3
+    config.evaluation_strategy, config.use_flash_attention = "no", False
+    config.torch_dtype = "float32"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        BaseTrainer(config).train()
+        whole = Path(config.output_dir)
+        again = tmp_path / "again"
+        shutil.copytree(whole / "checkpoint-3", again / "checkpoint-3")
+        for name in ("training_config.yaml", "metrics.jsonl"):
+            shutil.copy(whole / name, again)
+        config.output_dir, config.overwrite_output_dir = str(again), False
+        BaseTrainer(config).train()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    expected, found = (load_state(folder / "checkpoint-6" / "optimizer")["state"] for folder in (whole, again))
+    dtypes = {state["__bnb_optimizer_quant_state__"]["state1"].dtype for state in expected.values()}
+    assert dtypes == {torch.uint8, torch.float32}  # the latter below 4,096 elements
+    for number, state in expected.items():
+        for name, tensor in state["__bnb_optimizer_quant_state__"].items():
+            assert torch.equal(tensor, found[number]["__bnb_optimizer_quant_state__"][name]), name
+    assert (whole / "adapter_model.safetensors").read_bytes() == (again / "adapter_model.safetensors").read_bytes()

@@ -30,6 +30,7 @@ def _matmul_fp8(a, b, scale_a, scale_b, bias=None) -> torch.Tensor:
     return torch._scaled_mm(a, b.t(), scale_a, scale_b.t(), bias=bias, out_dtype=torch.bfloat16)
 
 
+@torch.compiler.allow_in_graph  # Dynamo, tracing it by itself, fails on the second one of a graph with dynamic shapes
 class _FP8Product(torch.autograd.Function):
     """`x @ (weight · scale).T + bias` and its gradient in x; the weight is frozen, so that x need not be kept."""
 
