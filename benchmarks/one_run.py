@@ -50,7 +50,8 @@ def _graphs_compiled() -> int:
 
 
 def adapters(trainer: Trainer) -> dict[str, torch.Tensor]:
-    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    # TRL copies the adapters of a model that has some, as reference.
+    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad and ".ref." not in n}
     assert trained and all("lora_" in name for name in trained), "something but adapters is trained"
     assert all(p.dtype is torch.float32 for p in trained.values()), "adapters are not float32 masters"
     return {name: trained[name] for name in sorted(trained)}

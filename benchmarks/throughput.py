@@ -80,8 +80,9 @@ def in_own_process(specification: dict[str, Any], seconds: float) -> dict[str, A
     given.write_text(json.dumps(specification), encoding="utf-8")
     result.unlink(missing_ok=True)
     command = [sys.executable, str(Path(__file__).with_name("one_run.py")), str(given), str(result)]
+    environment = os.environ | {"UNSLOTH_COMPILE_LOCATION": f"{folder}/unsloth"}  # it writes code, into ./ otherwise
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -94,7 +95,7 @@ def in_own_process(specification: dict[str, Any], seconds: float) -> dict[str, A
         return json.loads(result.read_text(encoding="utf-8"))
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
     print("\n".join(lines[-40:]), file=sys.stderr)
-    return {"failed": lines[-1][:300]}
+    return {"failed": DOES_NOT_FIT if DOES_NOT_FIT in lines[-1] else lines[-1][:300]}
 
 
 def compare(result: dict[str, Any], files: dict[str, str]) -> None:
