@@ -43,7 +43,7 @@ class TokenisedCPO(TRLCPOTrainer):
 def trainer_of(config: Any) -> tuple[type[Trainer], type[TrainingArguments], Callable[[Group], dict], dict[str, Any]]:
     """TRL's trainer and configuration class, how a group is written as its row, and the method's settings."""
     if config.method == "sft":
-        options = {"max_length": config.max_seq_length, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        options = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
         return trl.SFTTrainer, trl.SFTConfig, _sft_row, options
     options = {"max_length": config.max_seq_length, "beta": config.beta}
     if config.method == "dpo":
