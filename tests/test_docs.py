@@ -116,14 +116,6 @@ def test_example_scripts(workplace, script, arguments, shown):
     assert all(part in output for part in shown)
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "ipo", "kto", "cpo", "simpo"])
-def test_throughput_benchmark(workplace, method):
-    command = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), "--method", method, "--json"]
-    result = json.loads(run([*command, "--steps", "1", "--batch-size", "2"], workplace))
-    assert 0 <= result["update_difference"] < 0.5
-    assert result["ours_tokens_per_s"] > 0 and result["trl_tokens_per_s"] > 0 and result["ratio"] > 0
-
-
 def test_configuration_page_is_up_to_date():
     sys.path.insert(0, str(ROOT / "scripts"))
     try:

@@ -1,0 +1,131 @@
+"""One measured training run in a process of its own, for throughput.py and scaling.py.
+
+    python benchmarks/one_run.py SPECIFICATION.json RESULT.json
+
+A process for each keeps the peers' patches of torch and transformers apart, and makes the peak of memory theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__" and json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["peer"] == "unsloth":
+    import unsloth  # noqa: F401  # before the libraries that it patches
+
+import numpy as np
+import torch
+import workload
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from arabic_qwen.data.loaders import GroupDataset
+from arabic_qwen.data.packing import Group
+from arabic_qwen.training.base_trainer import BaseTrainer
+
+
+class Clock(TrainerCallback):
+    """Seconds of the steps after the warm-up, and whether anything was compiled meanwhile."""
+
+    def __init__(self, warmup: int):
+        self.warmup = warmup
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step not in (self.warmup, state.max_steps):
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if state.global_step == self.warmup:
+            self.start, self.compiled = time.perf_counter(), _graphs_compiled()
+        else:
+            self.seconds = time.perf_counter() - self.start
+            self.compiled = _graphs_compiled() - self.compiled
+
+
+def _graphs_compiled() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def adapters(trainer: Trainer) -> dict[str, torch.Tensor]:
+    # TRL copies the adapters of a model that has some, as reference.
+    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad and ".ref." not in n}
+    assert trained and all("lora_" in name for name in trained), "something but adapters is trained"
+    assert all(p.dtype is torch.float32 for p in trained.values()), "adapters are not float32 masters"
+    return {name: trained[name] for name in sorted(trained)}
+
+
+@torch.no_grad()
+def start_alike(trainer: Trainer) -> None:
+    """The same adapters for every peer: libraries draw theirs in different orders."""
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in adapters(trainer).items():
+        if "lora_A" in name:  # as PEFT does
+            bound = weight.shape[1] ** -0.5
+            weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
+        else:
+            weight.zero_()
+
+
+def measure(trainer: Trainer, warmup: int, update_file: str | None = None) -> dict[str, Any]:
+    """Train and time; asserts that the loss is finite and that every adapter weight matrix has learned."""
+    start_alike(trainer)
+    before = {name: weight.detach().to("cpu", copy=True) for name, weight in adapters(trainer).items()}
+    clock = Clock(warmup)
+    trainer.add_callback(clock)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses and np.isfinite(losses).all(), f"loss is not finite: {losses}"
+    updates = {name: weight.detach().cpu() - before[name] for name, weight in adapters(trainer).items()}
+    still = [name for name, update in updates.items() if not update.norm() > 0]
+    assert not still, f"{len(still)} adapter weights had no gradient, {still[0]} first: this measured nothing"
+    if update_file:
+        np.save(update_file, torch.cat([update.flatten() for update in updates.values()]).numpy())
+    return {
+        "seconds": round(clock.seconds, 3),
+        "mean_loss": round(float(np.mean(losses)), 4),
+        "peak_gb": workload.peak_gb(),
+        "compiled_while_timed": clock.compiled,
+    }
+
+
+def ours(config: Any, groups: list[Group]) -> Trainer:
+    trainer = BaseTrainer(config)
+    trainer.setup_model_and_tokenizer()
+    trainer.setup_lora()
+    trainer.dataset = {"train": GroupDataset(groups)}
+    return trainer.create_trainer(trainer.dataset, trainer.get_training_arguments(), [])
+
+
+def run(specification: dict[str, Any]) -> dict[str, Any]:
+    """Measure one run; memory that does not suffice is a result too."""
+    args = argparse.Namespace(**specification["args"])
+    peer, total = specification["peer"], args.warmup + args.steps
+    config = workload.configuration(
+        specification["method"],
+        args,
+        f"{specification['folder']}/output",
+        max_steps=total,
+        per_device_train_batch_size=args.batch_size,
+        logging_steps=total,
+    )
+    groups = workload.load_groups(config, args)
+    try:
+        if peer.startswith("ours"):
+            trainer = ours(config, groups)
+        else:
+            import peers
+
+            create = peers.unsloth_peer if peer == "unsloth" else peers.trl_peer
+            trainer = create(config, workload.in_training_order(config, groups), specification)
+        return measure(trainer, args.warmup, specification["update_file"])
+    except torch.OutOfMemoryError:
+        return {"failed": "out of memory"}
+
+
+if __name__ == "__main__":
+    specification = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    Path(sys.argv[2]).write_text(json.dumps(run(specification)), encoding="utf-8")

@@ -1,0 +1,107 @@
+"""The benchmarks beside throughput.py, on tiny data in this process."""
+
+import json
+import sys
+
+import pytest
+
+
+def call(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+    module.main()
+
+
+def test_scaling_curves(monkeypatch, tmp_path, capsys):
+    import scaling
+
+    options = ["--lengths", "16", "--ratios", "3:1", "--total", "32", "--negatives", "1,2", "--tokens-per-step", "64"]
+    files = ["--json", str(tmp_path / "scaling.json"), "--plot", str(tmp_path / "scaling.png")]
+    call(scaling, monkeypatch, *options, "--steps", "1", *files)
+    report = json.loads((tmp_path / "scaling.json").read_text())
+    shape = [(p["panel"], p["method"], p["label"], p["rows"], p["prompt"], p["completion"]) for p in report["points"]]
+    assert shape == [
+        ("length", "sft", "16", 4, 8, 8),
+        ("length", "dpo", "16", 2, 8, 8),
+        ("ratio", "dpo", "3:1", 1, 24, 8),
+        ("negatives", "cpo", "1", 4, 4, 4),
+        ("negatives", "cpo", "2", 2, 4, 4),
+    ]
+    assert all(point["tokens_per_s"] > 0 for point in report["points"])
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+    assert capsys.readouterr().out.count("| negatives | cpo |") == 2
+
+
+def test_a_step_by_class_of_kernel(monkeypatch, capsys):
+    import profile_kernels
+
+    call(profile_kernels, monkeypatch, "--method", "dpo", "--warmup", "1", "--batch-size", "2", "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["classes_ms"]["gemm"] > 0 and report["classes_ms"]["attention"] > 0
+    assert sum(report["classes_ms"].values()) + report["idle_ms"] == pytest.approx(report["step_ms"], rel=0.1)
+    assert report["top"][0]["kernel"] == "aten::mm" and len(report["top"]) == 15
+    assert "| step |" in profile_kernels.table(report)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_tst_192x192_64x4_2x1_v_bz_coopA_TNT", "gemm"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "gemm"),
+        ("void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4, bfloat16_t>>", "attention"),
+        ("pytorch_flash::enable_sm90<FlashAttnFwdSm90>", "attention"),
+        ("triton_poi_fused_mul_silu_2", "triton"),
+        ("void at::native::multi_tensor_apply_kernel<TensorListMetadata<3>, FusedAdamMathFunctor>", "optimizer"),
+        ("Memcpy DtoD (Device -> Device)", "copy"),
+        ("void at::native::indexSelectLargeIndex", "other"),
+    ],
+)
+def test_kernels_are_told_apart(kernel, kind):
+    import profile_kernels
+
+    assert profile_kernels.kernel_class(kernel) == kind
+
+
+def test_overlapping_kernels_are_busy_once():
+    import profile_kernels
+
+    found = [("a", 1.0, 3.0, 2.0), ("b", 2.0, 4.0, 2.0), ("c", 6.0, 7.0, 1.0), ("d", 6.2, 6.4, 0.2)]
+    assert profile_kernels.busy(found) == 4.0
+    assert profile_kernels.analyse(found, 0.01)["idle_ms"] == 6.0
+
+
+def test_quality_of_a_setting(monkeypatch, tmp_path, capsys):
+    import fp8_quality
+
+    files = ["--json", str(tmp_path / "q.json"), "--plot", str(tmp_path / "q.png"), "--output-dir", str(tmp_path)]
+    options = ["--steps", "2", "--batch-size", "2", "--held-out", "0.02", "--setting", "lora_alpha=256"]
+    call(fp8_quality, monkeypatch, *options, *files)
+    report = json.loads((tmp_path / "q.json").read_text())
+    without, with_it = report["runs"].values()
+    assert without["held_out"]["0"] == with_it["held_out"]["0"]
+    assert without["held_out"]["2"] != with_it["held_out"]["2"]
+    assert report["differences"]["held_out_percent"] != 0
+    assert (tmp_path / "q.png").stat().st_size > 10_000
+
+
+def test_differences_are_percent_of_the_run_without():
+    import fp8_quality
+
+    flat = {"training": [2.0] * 40, "held_out": {0: 3.0, 40: 2.0}}
+    worse = {"training": [2.0] * 30 + [2.1] * 10, "held_out": {0: 3.0, 40: 1.98}}
+    found = fp8_quality.differences(flat, worse)
+    assert found == {"held_out_percent": -1.0, "training_last_quarter_percent": 5.0, "training_largest_percent": 5.0}
+
+
+def test_tables_of_the_page_are_written_from_results(monkeypatch, tmp_path):
+    import tables
+
+    run = {"method": "dpo", "peer": "ours", "variant": "packed", "tokens_per_s": 9000.0, "peak_gb": 5.0, "mfu": 0.5}
+    theirs = run | {"peer": "trl", "variant": "padded, batch 8", "tokens_per_s": 3000.0, "update_difference": 0.1}
+    machine = {"device": "H100", "versions": {"torch": "2.11"}}
+    for name, runs in (("a.json", [run | {"mean_loss": 0.69}]), ("b.json", [theirs | {"mean_loss": 0.69}])):
+        (tmp_path / name).write_text(json.dumps(machine | {"runs": runs}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    page = "before\n<!-- table: throughput a.json b.json -->\nold\n<!-- end -->\nafter\n"
+    new = tables.filled(page)
+    assert "| dpo | trl | padded, batch 8 | 3,000 | 3.0× | 5.0 | 50.0% | 0.69 | 0.1 |" in new
+    assert "old" not in new and new.endswith("<!-- end -->\nafter\n") and tables.filled(new) == new
