@@ -66,7 +66,8 @@ class GuardedTrainer(ResumableTrainer):
 
     def keep_running(self, sums: dict[str, Any]) -> None:
         super().keep_running(sums)
-        self._recent, self._known = sums["recent"].to(self.args.device), sums["known"]
+        if "recent" in sums:  # not in checkpoints of earlier versions
+            self._recent, self._known = sums["recent"].to(self.args.device), sums["known"]
 
     def observe(self, loss: torch.Tensor, parts: list[torch.Tensor], rows: list[list[int]]) -> None:
         """Note a step before its update.
@@ -106,9 +107,8 @@ class GuardedTrainer(ResumableTrainer):
         self._failed = self._failed | failed
         skipped = self._failed | spike if self.loss_spikes == "skip" else self._failed
         values = torch.stack([x.float() for x in (failed, spike, loss, limit, grad_norm, *parts)])
-        on_device = loss.is_cuda
+        ready = torch.cuda.Event() if loss.is_cuda else None
         values = values.to("cpu", non_blocking=True)  # page-locked
-        ready = torch.cuda.Event() if on_device else None
         if ready:
             ready.record()
         self._judged.append(_Judged(self.state.global_step + 1, rows, self._before, values, ready))
