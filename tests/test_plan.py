@@ -101,7 +101,7 @@ def test_as_a_verb(seven, tmp_path, monkeypatch, capsys):
     pairs(seven).to_yaml("dpo.yaml")
     code, text, _ = in_process(monkeypatch, capsys, "plan", "dpo.yaml")
     assert code == 0
-    assert "7,615,616,512 parameters in 28 layers, 40,370,176 more in adapters" in text
+    assert "7,615,616,512 parameters in 28 layers, 40,370,176 more in adapters; its weights are not on" in text
     assert "not read (data/training.jsonl: cannot be read" in text
     for part in ("RTX 3060", "weights", "█", "load_in_4bit=true", "fits"):
         assert part in text

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
 from arabic_qwen.config import BaseConfig
@@ -108,6 +109,7 @@ class Plan:
     """What `arabic-qwen plan` shows."""
 
     model: str
+    has_weights: bool  # on this machine
     shape: ModelShape
     mix: Mix
     devices: list[Estimate]
@@ -131,7 +133,14 @@ def plan(config: BaseConfig, gpus: Sequence[str] = ()) -> Plan:
     )
     run = _Run(config, mix, shapes)
     devices = [run.estimate(name, gpu) for name, gpu in [_here(), *((name, GPUS[name]) for name in names)]]
-    return Plan(config.model_name, run.shape, mix, devices)
+    return Plan(config.model_name, _has_weights(path), run.shape, mix, devices)
+
+
+def _has_weights(path: str) -> bool:
+    if Path(path).is_dir():
+        return any(Path(path).glob("*.safetensors"))
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return any(isinstance(try_to_load_from_cache(path, name), str) for name in names)
 
 
 def _known(name: str) -> str:
