@@ -133,10 +133,15 @@ def train(
     trainer = BaseTrainer(settings)
     try:
         trainer.train()
-    except (KeyboardInterrupt, SystemExit) as stop:
+    except (KeyboardInterrupt, SystemExit, TrainingError) as stop:
         saved = find_checkpoints(Path(settings.resolved_output_dir))
-        what = "the same command" if settings.resume_from_checkpoint == "auto" else "resume_from_checkpoint=auto"
+        same = settings.resume_from_checkpoint == "auto" and not settings.overwrite_output_dir
+        what = "the same command" if same else "resume_from_checkpoint=auto overwrite_output_dir=false"
         how = f"go on from {saved[0]}" if saved else "start again, for there is no checkpoint yet"
+        if isinstance(stop, TrainingError):
+            if saved and not isinstance(stop, ConfigurationError):
+                stop.args = (f"{stop}\nthen {what} will {how}",)
+            raise
         print(f"stopped; {what} will {how}", file=sys.stderr)
         raise typer.Exit(130 if isinstance(stop, KeyboardInterrupt) else 143) from None
     if not is_first_process():

@@ -22,5 +22,9 @@ class ConfigurationError(TrainingError, ValueError):
     """A configuration has an unknown key, a bad value, or values that contradict each other."""
 
 
+class OutputError(TrainingError):
+    """Files cannot be written: the disk is full, or the folder is gone or read-only."""
+
+
 class HostileTemplateError(TrainingError):
     """A chat template exceeds the limits of its sandbox or tries to leave it."""

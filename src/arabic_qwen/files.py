@@ -3,48 +3,145 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from arabic_qwen.errors import OutputError
+
 #: How names of what is being written begin; what a killed process left of it is removed by the next run.
 UNFINISHED = ".unfinished-"
 
-
-def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
-    """Replace a file: it has its old content until it has all of the new one, on the disk."""
-    path = Path(path)
-    unfinished = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError:  # a full disk
-        unfinished.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Errors by which the place is at fault, not the program.
+_OF_THE_PLACE = _FULL | {
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE),
+}
 
 
 @contextlib.contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A new folder to write into; at the end its files are moved to `folder`, each only when all are on the disk."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stage = folder / f"{UNFINISHED}{os.getpid()}"
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir()
+def writing(path: str | os.PathLike, needed: int = 0) -> Iterator[None]:
+    """A context in which a file or folder is written.
+
+    Args:
+        path: what the user is told.
+        needed: bytes that it takes, about; 0: not known.
+
+    Raises:
+        OutputError: the disk is full, or the place is gone or may not be written, as any library says it.
+    """
     try:
-        yield stage
-        files = sync_files(stage)
-        for file in files:
-            target = folder / file.relative_to(stage)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(target)
-        sync_folder(folder)
-    finally:
+        yield
+    except Exception as error:
+        number = _error_number(error)
+        name = getattr(error, "filename", None)
+        elsewhere = isinstance(name, str) and not Path(name).absolute().is_relative_to(Path(path).absolute().parent)
+        if number not in _OF_THE_PLACE or elsewhere:
+            raise
+        raise _output_error(Path(path), number, needed) from None
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raise OutputError where fewer than `needed` bytes are free: sooner than a disk that is filled up says it."""
+    usage = shutil.disk_usage(_existing(path))
+    if usage.total and usage.free < needed:  # some network file systems do not say
+        raise _output_error(path, errno.ENOSPC, needed)
+
+
+def _error_number(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and tokenizers
+    return int(found[1]) if found else None
+
+
+def _output_error(path: Path, number: int, needed: int) -> OutputError:
+    reason = "its folder is gone" if number == errno.ENOENT else os.strerror(number)
+    remedy = "correct that, or choose another folder"
+    if number in _FULL:
+        remedy = "free some space there, or choose another folder"
+        reason += f": about {readable(needed)} needed" if needed else ""
+        with contextlib.suppress(OSError):
+            reason += f", {readable(shutil.disk_usage(_existing(path)).free)} free"
+    return OutputError(f"{path}: cannot be written ({reason}); {remedy}")
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
+def readable(size: int) -> str:
+    """Bytes as people read them: 512 bytes, 1.5 MB, 14.0 GB."""
+    for unit, exponent in (("GB", 9), ("MB", 6), ("kB", 3)):
+        if size >= 10**exponent:
+            return f"{size / 10**exponent:,.1f} {unit}"
+    return f"{size} bytes"
+
+
+def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
+    """Replace a file: it has its old content until it has all of the new one, on the disk.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    unfinished = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
+    with writing(path, len(data)):
+        try:
+            with unfinished.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def append(path: Path, text: str) -> None:
+    """Add lines to a file, which a crash may leave with half a line.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with writing(path, len(text.encode())), path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def staged(folder: Path, needed: int = 0) -> Iterator[Path]:
+    """A new folder to write into; at the end its files are moved to `folder`, each only when all are on the disk.
+
+    Args:
+        folder: made where it is not there.
+        needed: bytes that the files take, about.
+
+    Raises:
+        OutputError: there is less space than needed, or the folder cannot be written.
+    """
+    stage = folder / f"{UNFINISHED}{os.getpid()}"
+    with writing(folder, needed):
+        check_space(folder, needed)
+        folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir()
+        try:
+            yield stage
+            files = sync_files(stage)
+            for file in files:
+                target = folder / file.relative_to(stage)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target)
+            sync_folder(folder)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def sync_files(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from arabic_qwen.audit.check import Audit
 from arabic_qwen.audit.findings import CODES, Finding
 from arabic_qwen.audit.report import check_target, score, write_html, write_statistics_html
 from arabic_qwen.audit.statistics import RowTexts, Statistics
-from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.errors import ConfigurationError, OutputError
 from arabic_qwen.text.dialects import Prediction
 
 HOSTILE = "\"'></blockquote><script>alert(1)</script><img src=x onerror=alert(2)>\u202eعكس\u200f \x00\ud800&lt;"
@@ -159,6 +159,6 @@ def test_a_page_that_cannot_be_written_is_said_and_leaves_nothing(tmp_path, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(ConfigurationError, match=r"a\.html: cannot be written \(No space left on device\)"):
+    with pytest.raises(OutputError, match=r"a\.html: cannot be written \(No space left on device: about"):
         write_html(an_audit(), tmp_path / "a.html")
     assert not list(tmp_path.iterdir())

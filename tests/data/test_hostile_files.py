@@ -104,9 +104,7 @@ class TestPaths:
         write_as(ROWS, tmp_path / "outside.jsonl")
         (tmp_path / "data" / "a.jsonl").symlink_to(tmp_path / "outside.jsonl")
         said = error_of(tmp_path / "data")
-        assert said == (
-            f"{tmp_path}/data/a.jsonl: is a link that leads out of {tmp_path}/data; name in dataset_path what it leads to"
-        )
+        assert said == (f"{tmp_path}/data/a.jsonl: is a link that leads out of {tmp_path}/data; name what it leads to")
 
     def test_links_within_and_folders_that_are_links(self, tmp_path):
         (tmp_path / "data").mkdir()

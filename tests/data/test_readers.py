@@ -2,6 +2,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -109,7 +110,7 @@ class TestEveryFormat:
     @pytest.mark.parametrize("name", [*TEXT_NAMES, "data.parquet"])
     def test_missing_file(self, tmp_path, name):
         with pytest.raises(
-            DatasetError, match=rf"{name}: cannot be read \(No such file or directory\); check dataset_path"
+            DatasetError, match=rf"{name}: cannot be read \(No such file or directory\); check its name"
         ):
             list(read_file(tmp_path / name))
 
@@ -176,7 +177,12 @@ class TestJsonLines:
         assert found[":2"].startswith(reason)
 
     def test_utf16_file(self, write):
-        assert "is not UTF-8 text" in bad(write('{"a": "مرحبا"}\n'.encode("utf-16")))[":1"]
+        assert "is not UTF-8 text, but probably UTF-16" in bad(write('{"a": "مرحبا"}\n'.encode("utf-16")))[":1"]
+
+    def test_how_a_packed_file_is_converted(self, write):
+        line = '{"a": "مرحبا بكم"}\n'
+        reason = bad(write(gzip.compress(line.encode("cp1256")), "my rows.jsonl.gz"))[":1"]
+        assert reason.endswith("zcat 'my rows.jsonl.gz' | iconv -f WINDOWS-1256 -t UTF-8 > 'utf8-my rows.jsonl'")
 
 
 class TestJson:
@@ -209,7 +215,11 @@ class TestJson:
             list(read_file(write(text, "data.json")))
 
     def test_wrong_encoding(self, write):
-        with pytest.raises(DatasetError, match=r"data.json: is not UTF-8 text \(byte 9: .*save it as UTF-8"):
+        with pytest.raises(DatasetError, match=r"data.json: is not UTF-8 text \(byte 9: .*save the file as UTF-8"):
+            list(read_file(write(b'[{"a": "\xff"}]', "data.json")))
+        with pytest.raises(
+            DatasetError, match=r"data.json: is not UTF-8 text, but probably WINDOWS-1256; convert .*iconv"
+        ):
             list(read_file(write('[{"a": "مرحبا"}]'.encode("cp1256"), "data.json")))
 
     def test_items_that_are_no_objects(self, write):
@@ -241,9 +251,12 @@ class TestCsv:
 
     def test_wrong_encoding(self, write):
         path = write("a,b\n1,2\nمرحبا,2\n".encode("cp1256"), "data.csv")
-        assert bad(path) == {":3": "is not UTF-8 text; save the file as UTF-8"}
-        for text in ("سؤال,b\n".encode("cp1256"), "a,b\n1,2\n".encode("utf-16")):
-            with pytest.raises(DatasetError, match=r"data\.csv:1: is not UTF-8 text; save the file as UTF-8"):
+        convert = (
+            "is not UTF-8 text, but probably {0}; convert the file: iconv -f {0} -t UTF-8 data.csv > utf8-data.csv"
+        )
+        assert bad(path) == {":3": convert.format("WINDOWS-1256")}
+        for text, encoding in ("سؤال,b\n".encode("cp1256"), "WINDOWS-1256"), ("a,b\n1,2\n".encode("utf-16"), "UTF-16"):
+            with pytest.raises(DatasetError, match=re.escape("data.csv:1: " + convert.format(encoding))):
                 list(read_file(write(text, "data.csv")))
 
     def test_a_column_named_twice(self, write):

@@ -52,7 +52,7 @@ class TestFolders:
         assert values(tmp_path) == TABLE[:1]
         assert values(tmp_path, dataset_split="test") == TABLE[1:]
         assert values([{"path": tmp_path, "split": "test"}]) == TABLE[1:]
-        with pytest.raises(DatasetError, match="has no split 'dev'; set dataset_split to one of train, test"):
+        with pytest.raises(DatasetError, match="has no split 'dev', only train, test; in training set dataset_split"):
             read(tmp_path, dataset_split="dev")
 
     def test_damaged_saved_data_set(self, tmp_path):
@@ -154,7 +154,7 @@ class TestHub:
             (("org/name", "ar"), {"split": "train", "streaming": False}),
             (("org/name", "en"), {"split": "test", "streaming": False}),
         ]
-        with pytest.raises(DatasetError, match=r"Should be one of \['train'\]; check dataset_split and dataset_config"):
+        with pytest.raises(DatasetError, match=r"Should be one of \['train'\]; in training set dataset_split and"):
             read("org/name", dataset_split="dev")
 
 

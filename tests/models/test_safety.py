@@ -234,3 +234,34 @@ def test_any_adapter_configuration_is_read_or_an_error_of_ours(adapter, values):
         pass
     finally:
         (adapter / "adapter_config.json").write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"num_hidden_layers": 10**9}, "describes 3e+13 weights in 1,000,000,000 layers"),
+        ({"hidden_size": 10**9}, "weights in 2 layers, as no Qwen model has"),
+        ({"vocab_size": 10**12}, "as no Qwen model has"),
+        ({"num_attention_heads": 10**12}, "as no Qwen model has"),
+        ({"intermediate_size": 2**20}, "weights, but its safetensors hold "),
+        ({"num_hidden_layers": 900}, "weights, but its safetensors hold "),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1, not a whole number above 0"),
+        ({"head_dim": 0}, "head_dim is 0, not"),
+        ({"vocab_size": 1e3}, "vocab_size is 1000.0, not"),
+        ({"hidden_size": True}, "hidden_size is True, not"),
+        ({"hidden_size": [1] * 1000}, "hidden_size is [1, 1, 1"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_memory_is_taken(model, monkeypatch, values, reason):
+    monkeypatch.setattr("arabic_qwen.models.loading.AutoModelForCausalLM", None)
+    edit(model / "config.json", **values)
+    said = error_of(load, model)
+    assert said.startswith(f"{model}: config.json") and reason in said and said.endswith("; download or copy it again")
+    assert len(said) < 300
+
+
+@pytest.mark.parametrize("values", [{"r": 10**9}, {"r": -1}, {"r": "8"}, {"rank_pattern": {"q_proj": 10**9}}])
+def test_absurd_adapters_are_refused(adapter, monkeypatch, values):
+    monkeypatch.setattr("arabic_qwen.models.loading.AutoModelForCausalLM", None)
+    edit(adapter / "adapter_config.json", **values)
+    assert "but its weights have rank 8 at most; download" in error_of(load, adapter)

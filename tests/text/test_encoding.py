@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arabic_qwen.text.encoding import mojibake_share, repair_mojibake
+from arabic_qwen.text.encoding import likely_encoding, mojibake_share, repair_mojibake
 
 TEXT = "مرحبا بكم في المدرسة العربية، هل أنت بخير؟ «نعم» … شكرًا و 123"
 
@@ -84,3 +84,16 @@ def test_sound_pairs_do_not_count():
     broken = as_browsers_read("العربية".encode(), "cp1256")
     assert repair_mojibake(f"{sound} {broken} {sound}") == f"{sound} العربية {sound}"
     assert mojibake_share(f"{broken} {sound}") == len(broken) / len((broken + sound).replace(" ", ""))
+
+
+@pytest.mark.parametrize("text", ["السؤال: ما عاصمة الأردن؟ عمّان", "الجزائر", '{"a": "مدرسة البنات وهي كبيرة"}'])
+def test_what_bytes_are_in(text):
+    assert likely_encoding(text.encode("cp1256")) == "WINDOWS-1256"
+    assert likely_encoding(text.encode("utf-16")) == "UTF-16"
+
+
+def test_bytes_that_do_not_tell_what_they_are_in():
+    assert likely_encoding("يومًا بعد يوم وهكذا".encode("iso8859-6")) == "ISO-8859-6"  # ن is not ç
+    assert likely_encoding("ما عاصمة الأردن؟".encode() + b"\xff") is None  # UTF-8 with a damaged byte
+    for data in (b"\xff", "élève".encode("latin-1"), "日本語".encode("shift-jis"), b""):
+        assert likely_encoding(data) is None

@@ -1,8 +1,8 @@
 """Runs that are killed with SIGKILL and resumed, each in a process forked from this one, which has imported everything.
 
-    python -m tests.training.kill_trials '{"method": …, "model": …, "data": …, "folder": …, "random": 20, "writes": 20}'
+    python -m tests.training.kill_trials '{"kills": {"sft": [20, 20], …}, "model": …, "data": {"sft": …, …}, "folder": …}'
 
-prints a line of JSON: how many trials there were, how many ended as the uninterrupted run did, and what differed.
+kills at 20 random moments and in 20 writes, and prints a line of JSON a method: how many trials there were, how many ended as the uninterrupted run did, and what differed.
 """
 
 import gc
@@ -143,9 +143,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     gc.freeze()  # or each child walks, and so copies, all that was imported
     spec = json.loads(sys.argv[1])
-    for method in spec["methods"]:
-        path = Path(spec["folder"], method)
-        found = trials(method, spec["model"], spec["data"][method], path, spec["random"], spec["writes"])
+    for method, kills in spec["kills"].items():
+        found = trials(method, spec["model"], spec["data"][method], Path(spec["folder"], method), *kills)
         wrong = [result for result in found if result[1]]
         kinds = sorted({kind for kind, _ in found})
         report = {"method": method, "trials": len(found), "exact": len(found) - len(wrong), "kinds": kinds}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.errors import ConfigurationError, OutputError
 from arabic_qwen.files import UNFINISHED
 from arabic_qwen.training import checkpoints, snapshots
 from arabic_qwen.training.base_trainer import BaseTrainer
@@ -38,14 +38,16 @@ def config_of(variant, model_dir, sft_file, data_dir, folder):
         values |= dict(per_device_train_batch_size=8, validation_split=0.2)
         return preference_config("kto", model_dir, write_data("kto", data_dir), folder, **values)
     values |= {"packing": False} | {
-        "accumulation": dict(per_device_train_batch_size=1, gradient_accumulation_steps=2, logging_steps=2),
+        "accumulation": dict(
+            per_device_train_batch_size=1, gradient_accumulation_steps=2, logging_steps=2, num_train_epochs=1
+        ),
         "all weights, packed": dict(use_lora=False, packing=True, max_seq_length=96, learning_rate=1e-4),
         "best of epochs": dict(evaluation_strategy="epoch", save_strategy="epoch", num_train_epochs=3, eval_samples=2),
         "early stopping": dict(learning_rate=1e-9, early_stopping_patience=3),
         "evaluation of epochs": dict(evaluation_strategy="epoch"),  # saves steps
         "ends within an epoch": dict(per_device_train_batch_size=2, max_steps=3, dataloader_num_workers=2),
         "streamed": dict(streaming=True, eval_dataset_path=str(sft_file), max_steps=5),
-        "two workers": dict(dataloader_num_workers=2, group_by_length=True),
+        "two workers": dict(dataloader_num_workers=2, group_by_length=True, per_device_train_batch_size=6),
     }[variant]
     return sft_config(model_dir, sft_file, folder, **values)
 
@@ -222,7 +224,7 @@ class TestFiles:
                 raise OSError(28, "No space left on device")
             save_state(state, path)
 
-        with monkeypatch.context() as patch, pytest.raises(OSError):
+        with monkeypatch.context() as patch, pytest.raises(OutputError, match=r"checkpoint-4: .*No space"):
             patch.setattr("arabic_qwen.training.resumable.save_state", fail)
             train(config)
         folder = Path(config.output_dir)

@@ -47,12 +47,28 @@ STRATEGIES = {
 }
 
 
-@pytest.fixture
-def config(model_dir, sft_file, tmp_path):
+def make_config(model_dir, sft_file, folder):
     """Two epochs of three steps, dropout, the best model; four evaluation batches."""
     values = EXACT | dict(num_train_epochs=2, per_device_eval_batch_size=1, validation_split=0.3, packing=False)
     values |= dict(per_device_train_batch_size=3, learning_rate=1e-2) | STRATEGIES["steps"]
-    return sft_config(model_dir, sft_file, tmp_path / "run", **values)
+    return sft_config(model_dir, sft_file, folder, **values)
+
+
+@pytest.fixture
+def config(model_dir, sft_file, tmp_path):
+    return make_config(model_dir, sft_file, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model_dir, sft_file, tmp_path_factory):
+    """What runs of each strategy learn."""
+
+    def run(strategy):
+        config = make_config(model_dir, sft_file, tmp_path_factory.mktemp(strategy) / "run")
+        assert train(config.model_copy(update=STRATEGIES[strategy])) == 0
+        return learned(Path(config.output_dir))
+
+    return {strategy: run(strategy) for strategy in STRATEGIES}
 
 
 def train(config, *callbacks):
@@ -75,14 +91,12 @@ def learned(folder):
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 @pytest.mark.parametrize("name", sorted(CODES))
-def test_every_moment(config, tmp_path, name, strategy):
+def test_every_moment(config, tmp_path, uninterrupted, name, strategy):
     config = config.model_copy(update=STRATEGIES[strategy])
-    whole = tmp_path / "whole" / "run"
-    assert train(config.model_copy(update={"output_dir": str(whole)})) == 0
-    expected = learned(whole)
     by_epoch = strategy == "epoch"
     evaluated = [3, 6] if by_epoch else [1, 2, 5, 6]
-    moments = [("step", step) for step in (1, 2, 3, 6)] + [("evaluation", step) for step in evaluated]
+    steps = (1, 3, 6) if by_epoch else (1, 2, 3, 6)
+    moments = [("step", step) for step in steps] + [("evaluation", step) for step in evaluated]
     moments += [("saved", 3 if by_epoch else 2)]
     if name != "SIGTERM":
         moments = moments[-2:]
@@ -97,7 +111,7 @@ def test_every_moment(config, tmp_path, name, strategy):
         if moment == "evaluation":
             assert send.batches % 4 == 1  # the rest was not waited for
         assert train(stopped) == 0
-        assert learned(folder) == expected, (moment, step)
+        assert learned(folder) == uninterrupted[strategy], (moment, step)
 
 
 def test_signals_go_back_to_who_had_them(config):

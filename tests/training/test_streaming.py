@@ -93,7 +93,9 @@ class TestBadRows:
         data.write_text(
             data.read_text().replace('{"instruction": "س7", "response": ""}', '{"instruction": "س", "response": "ج"}')
         )
-        trainer = BaseTrainer(config)
+        with pytest.raises(ConfigurationError, match=r"the train data is not what it was .* set resume_changed"):
+            BaseTrainer(config).train()
+        trainer = BaseTrainer(config.model_copy(update={"resume_changed": True}))
         trainer.train()  # with the row corrected, it goes on
         assert trainer.trainer._initial_global_step == 2
         assert len((tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()) == 1

@@ -32,6 +32,7 @@ from arabic_qwen.data.layouts import COLUMNS, canonical, role_of
 from arabic_qwen.data.readers import Row
 from arabic_qwen.data.sources import read_rows
 from arabic_qwen.errors import ConfigurationError, DatasetError
+from arabic_qwen.files import writing
 from arabic_qwen.text.encoding import repair_mojibake
 from arabic_qwen.text.normalization import normalize
 from arabic_qwen.text.rules import OFF, TRAIN
@@ -119,15 +120,22 @@ class AtomicFile:
         except OSError as error:
             raise ConfigurationError(f"{path}: cannot be written ({error.strerror})") from None
         stack.callback(self._temporary.unlink, missing_ok=True)
-        stack.callback(self._file.close)
+        stack.callback(self._close)
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError):  # what a full disk leaves unwritten; the file is removed
+            self._file.close()
 
     def write(self, value: Any) -> None:
         # JSON's own escapes for halves of surrogate pairs, which UTF-8 lacks
-        self._file.write(json.dumps(value, ensure_ascii=False, default=str).translate(_LINE_ENDS) + "\n")
+        text = json.dumps(value, ensure_ascii=False, default=str).translate(_LINE_ENDS) + "\n"
+        with writing(self._path):
+            self._file.write(text)
         self.lines += 1
 
     def keep(self) -> Path:
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
         try:
             os.link(self._temporary, self._path)  # fails where the name exists by now
         except FileExistsError:

@@ -98,10 +98,7 @@ def _write(arabic: str, english: str, names: Sequence[str], sections: Iterable[s
 </body>
 </html>
 """
-    try:
-        write_atomically(path, page)
-    except OSError as error:
-        raise ConfigurationError(f"--html {path}: cannot be written ({error.strerror}); name another file") from None
+    write_atomically(path, page)
 
 
 def _text(text: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from arabic_qwen.errors import DatasetError
-from arabic_qwen.files import write_atomically
+from arabic_qwen.files import write_atomically, writing
 from arabic_qwen.redaction import redact
 
 #: File of a run's output folder, one JSON object a line: `where`, `reason`, `row`.
@@ -94,10 +94,11 @@ class BadRows:
     def _write(self) -> None:
         if not self.file or not is_first_process():
             return
-        if not self._found:
-            self.file.unlink(missing_ok=True)
-            return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self.file):
+            if not self._found:
+                self.file.unlink(missing_ok=True)
+                return
+            self.file.parent.mkdir(parents=True, exist_ok=True)
         lines = [redact(json.dumps(entry, ensure_ascii=False, default=str)) + "\n" for entry in self._found.values()]
         # JSON's own escapes for halves of surrogate pairs, which UTF-8 lacks
         write_atomically(self.file, "".join(lines).encode("utf-8", "backslashreplace"))

@@ -12,6 +12,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 
 from arabic_qwen.data.bad_rows import BadRow
 from arabic_qwen.errors import DatasetError
+from arabic_qwen.text.encoding import likely_encoding
 
 csv.field_size_limit(2**31 - 1)  # a cell may hold a long conversation; the default is 128 KiB
 
@@ -69,7 +71,11 @@ def read_file(path: Path) -> Rows:
     except OSError as error:
         if error.strerror is None:  # what gzip and pyarrow say about contents
             raise _damaged(path, error) from None
-        raise DatasetError(f"{path}: cannot be read ({error.strerror}); check dataset_path") from None
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path, error: OSError) -> DatasetError:
+    return DatasetError(f"{path}: cannot be read ({error.strerror}); check its name and who may read it")
 
 
 def _damaged(path: Path, error: Exception) -> DatasetError:
@@ -130,12 +136,24 @@ def _parse_lines(path: Path, lines: Iterable[bytes]) -> Rows:
             if text:
                 yield _row(where, json.loads(text))
         except UnicodeDecodeError as error:
-            reason = f"is not UTF-8 text (byte {error.start + 1}: {error.reason})"
+            reason = _not_utf8(path, line, f" (byte {error.start + 1}: {error.reason})")
             yield BadRow(where, reason, line.decode("utf-8", "replace").strip())
         except RecursionError:
             yield BadRow(where, "not valid JSON (nested too deeply)", text)
         except ValueError as error:  # json's own error, or a number of more digits than Python reads
             yield BadRow(where, f"not valid JSON ({getattr(error, 'msg', error)}); write one JSON object a line", text)
+
+
+def _not_utf8(path: Path, data: bytes, place: str = "") -> str:
+    """What is said of bytes of the file that are no UTF-8: how to convert it, where they tell what it is in."""
+    encoding = likely_encoding(data)
+    if encoding is None:
+        return f"is not UTF-8 text{place}; save the file as UTF-8"
+    unpack = {".gz": "zcat", ".zst": "zstdcat"}.get(path.suffix.lower())
+    convert = f"iconv -f {encoding} -t UTF-8"
+    command = f"{unpack} {quote(path.name)} | {convert}" if unpack else f"{convert} {quote(path.name)}"
+    new = quote(f"utf8-{path.stem if unpack else path.name}")
+    return f"is not UTF-8 text, but probably {encoding}; convert the file: {command} > {new}"
 
 
 def _row(where: str, values: Any) -> Row | BadRow:
@@ -153,9 +171,8 @@ def _read_json(path: Path) -> Rows:
     try:
         value = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise DatasetError(
-            f"{path}: is not UTF-8 text (byte {error.start + 1}: {error.reason}); save it as UTF-8"
-        ) from None
+        problem = _not_utf8(path, data, f" (byte {error.start + 1}: {error.reason})")
+        raise DatasetError(f"{path}: {problem}") from None
     except RecursionError:
         raise DatasetError(f"{path}: not valid JSON (nested too deeply)") from None
     except ValueError as error:
@@ -226,11 +243,16 @@ def _parse_csv(path: Path, file: io.TextIOWrapper) -> Rows:
             header = _header(path, cells)
         elif _undecoded(cells):
             text = [cell.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for cell in cells]
-            yield BadRow(where, "is not UTF-8 text; save the file as UTF-8", text)
+            yield BadRow(where, _not_utf8(path, _bytes(cells)), text)
         elif len(cells) != len(header):
             yield BadRow(where, f"has {len(cells)} cells, but the header names {len(header)} columns", cells)
         else:
             yield Row(where, dict(zip(header, cells, strict=True)))
+
+
+def _bytes(cells: list[str]) -> bytes:
+    """What cells were decoded from."""
+    return ",".join(cells).encode("utf-8", "surrogateescape")
 
 
 def _undecoded(cells: list[str]) -> bool:
@@ -239,7 +261,7 @@ def _undecoded(cells: list[str]) -> bool:
 
 def _header(path: Path, cells: list[str]) -> list[str]:
     if _undecoded(cells):
-        raise DatasetError(f"{path}:1: is not UTF-8 text; save the file as UTF-8")
+        raise DatasetError(f"{path}:1: {_not_utf8(path, _bytes(cells))}")
     double = sorted({cell for cell in cells if cells.count(cell) > 1})
     if double:
         raise DatasetError(f"{path}:1: the header names {', '.join(map(repr, double))} twice")

@@ -18,7 +18,7 @@ from arabic_qwen.config import BaseConfig
 from arabic_qwen.config.data import DataSource, data_sources
 from arabic_qwen.data.bad_rows import BadRow
 from arabic_qwen.data.layouts import are_messages
-from arabic_qwen.data.readers import FORMATS, Row, Rows, is_data_file, is_table, read_file
+from arabic_qwen.data.readers import FORMATS, Row, Rows, is_data_file, is_table, read_file, unreadable
 from arabic_qwen.errors import DatasetError
 
 #: `dataset_path: sample:sft` and so on: small sets that come with the package.
@@ -52,6 +52,30 @@ def read_rows(config: BaseConfig, dataset_path: Any, *, stream: bool = False) ->
 
 def data_seed(config: BaseConfig) -> int:
     return config.seed if config.data_seed is None else config.data_seed
+
+
+def identity(config: BaseConfig, dataset_path: Any) -> list[str]:
+    """What tells data cheaply: name and bytes of each file here; name, configuration and split of a hub set.
+
+    Raises:
+        DatasetError: a file does not exist.
+    """
+    return [part for source in data_sources(dataset_path) for part in _identity(_resolve(config, source))]
+
+
+def _identity(source: DataSource) -> list[str]:
+    name = source.path
+    path = _sample(name) if name.startswith("sample:") else Path(name).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+    elif path.exists() or is_data_file(name):
+        files = [path]
+    else:
+        return [f"{name}, {source.config}, {source.split}"]
+    try:
+        return [f"{file.name} of {file.stat().st_size:,} bytes" for file in files]
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def _resolve(config: BaseConfig, source: DataSource) -> DataSource:
@@ -170,7 +194,7 @@ def _read_folder(folder: Path, source: DataSource) -> Iterator[tuple[str, Rows]]
     if isinstance(table, datasets.DatasetDict):
         if source.split not in table:
             raise DatasetError(
-                f"{folder}: has no split {source.split!r}; set dataset_split to one of {', '.join(table)}"
+                f"{folder}: has no split {source.split!r}, only {', '.join(table)}; in training set dataset_split"
             )
         table = table[source.split]
     try:
@@ -185,7 +209,7 @@ def _check_inside(folder: Path, paths: Iterable[Path]) -> None:
     root = (folder.parents[1] if folder.parent.name == "snapshots" else folder).resolve()
     for path in sorted(paths):
         if path.is_symlink() and not path.resolve().is_relative_to(root):
-            raise DatasetError(f"{path}: is a link that leads out of {folder}; name in dataset_path what it leads to")
+            raise DatasetError(f"{path}: is a link that leads out of {folder}; name what it leads to")
 
 
 def _check_saved(folder: Path) -> None:
@@ -213,7 +237,7 @@ def _load_from_hub(source: DataSource, stream: bool) -> Iterable[dict[str, Any]]
     except RepositoryNotFoundError:
         reason = "is neither a file or folder here nor a public set on the hub; check the name, or log in with `hf auth login`"
     except ValueError as error:  # an unknown split or configuration; the message lists those that there are
-        reason = f"{_first_line(error)}; check dataset_split and dataset_config"
+        reason = f"{_first_line(error)}; in training set dataset_split and dataset_config"
     except Exception as error:
         reason = (
             f"does not exist here, and the hub cannot be reached ({_first_line(error)}); check the path or the network"

@@ -22,14 +22,24 @@ class GroupStream:
         read: opens the rows from their beginning.
         encode: checks and encodes a window of rows.
         bad_rows: where it puts the rows that cannot be used.
+        identify: says what the rows are read from, the same as long as that is not changed.
+
+    Attributes:
+        identity: what `identify` said first.
     """
 
     def __init__(
-        self, read: Callable[[], Rows], encode: Callable[[list[Row | BadRow]], GroupDataset], bad_rows: BadRows
+        self,
+        read: Callable[[], Rows],
+        encode: Callable[[list[Row | BadRow]], GroupDataset],
+        bad_rows: BadRows,
+        identify: Callable[[], list[str]] = list,
     ):
         self._read = read
         self._encode = encode
         self._bad_rows = bad_rows
+        self._identify = identify
+        self.identity = identify()
         self.counts: dict[str, int] = {}
 
     def windows(self, start: dict[str, Any]) -> Iterator[tuple[dict[str, Any], GroupDataset]]:
@@ -38,7 +48,7 @@ class GroupStream:
         A place is what JSON can hold: `pass` and `window` count from 0, `counts` and `bad_rows` are of all windows before.
 
         Raises:
-            DatasetError: the rows cannot be read or encoded, or there are none to train on.
+            DatasetError: the rows cannot be read or encoded, have changed since the beginning, or are none to train on.
         """
         self.counts = dict(start.get("counts", {}))
         if start:
@@ -49,6 +59,7 @@ class GroupStream:
             rows = itertools.islice(self._read(), first * WINDOW, None)
             for window in itertools.count(first):
                 chunk = list(itertools.islice(rows, WINDOW))
+                self._check_unchanged()
                 if not chunk:
                     break
                 place = {"pass": number, "window": window, "counts": dict(self.counts)}
@@ -63,6 +74,14 @@ class GroupStream:
             if empty:
                 raise DatasetError("no rows are left to train on")
             first = 0
+
+    def _check_unchanged(self) -> None:
+        """A file that is cut short would only seem to end sooner."""
+        changed = sorted(set(self.identity) ^ set(self._identify()))
+        if changed:
+            raise DatasetError(
+                f"dataset_path: the data changed while it was read ({' → '.join(changed)}); put back what was there"
+            )
 
     def summary(self) -> str:
         """One line on what was read, for the model card."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,53 @@ def _runs_long(pattern: Any) -> bool:
 
 
 _PROBLEMS = dict(zip(FILES, (_model, _code, _tokenizer, _adapter), strict=True))
+
+
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+)
+_MOST_LAYERS, _MOST_WEIGHTS = 1000, 10**12  # ten times what any Qwen model has
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def check_sizes(name: str, config: Mapping[str, Any], shapes: Shapes | None) -> None:
+    """Raise ModelLoadError where config.json describes a model that no memory holds, before any is taken.
+
+    Args:
+        name: what the user calls it.
+        config: what config.json holds.
+        shapes: of the tensors in the model's files; None: they are not here yet.
+    """
+    for key in _SIZES:
+        value = config.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise _absurd(name, f"config.json: {key} is {value!r:.50}, not a whole number above 0")
+    vocabulary, hidden, intermediate, _, layers, heads, kv_heads, _ = (config.get(key) or 1 for key in _SIZES)
+    width = config.get("head_dim") or hidden // heads
+    weights = vocabulary * hidden + layers * hidden * (3 * intermediate + 2 * (heads + kv_heads) * width)
+    if layers > _MOST_LAYERS or weights > _MOST_WEIGHTS:
+        raise _absurd(name, f"config.json describes {weights:.0e} weights in {layers:,} layers, as no Qwen model has")
+    held = weights if shapes is None else sum(map(math.prod, shapes.values()))
+    if weights > 2 * held:  # where only a few tensors are missing, they are named when it is loaded
+        raise _absurd(name, f"config.json describes {weights:,} weights, but its safetensors hold {held:,}")
+
+
+def check_ranks(name: str, config: Mapping[str, Any], shapes: Shapes) -> None:
+    """Raise ModelLoadError where adapter_config.json asks for larger adapters than its file of weights holds."""
+    pattern = config.get("rank_pattern")
+    largest = max((min(shape, default=0) for key, shape in shapes.items() if ".lora_" in key), default=0)
+    for rank in (config.get("r", 1), *(pattern.values() if isinstance(pattern, dict) else ())):
+        if type(rank) is not int or not 1 <= rank <= largest:
+            reason = (
+                f"adapter_config.json: r or rank_pattern is {rank!r:.50}, but its weights have rank {largest} at most"
+            )
+            raise _absurd(name, reason)
+
+
+def _absurd(name: str, reason: str) -> ModelLoadError:
+    return ModelLoadError(f"{name}: {reason}; download or copy it again")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -20,7 +20,16 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
 from arabic_qwen.errors import ModelLoadError
-from arabic_qwen.models.safety import PICKLED, check_files, one_line, pickled_weights, read_json, refuse_pickle
+from arabic_qwen.models.safety import (
+    PICKLED,
+    check_files,
+    check_ranks,
+    check_sizes,
+    one_line,
+    pickled_weights,
+    read_json,
+    refuse_pickle,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +81,13 @@ def locate_model(name: str) -> str:
                 f"{name}: the folder does not exist; give the folder of a model or of a finished run, or a hub id"
             )
         path = locate_on_hub(name)
-    if Path(path).is_dir():
-        _check_folder(Path(path))
+    shapes = _check_folder(Path(path)) if Path(path).is_dir() else None
     try:
         check_files(name, path)
-        if not is_adapter(path):
-            _check_config(name, path)
+        if is_adapter(path):
+            check_ranks(name, read_json(Path(path) / "adapter_config.json"), shapes or {})
+        else:
+            _check_config(name, path, shapes)
     except OSError as error:  # the hub's
         raise load_error(name, "model", error) from error
     return path
@@ -96,7 +106,7 @@ def locate_configuration(name: str) -> str:
     if not (Path(path) / "config.json").is_file():
         return locate_model(name)
     check_files(name, path, ["config.json"])
-    _check_config(name, path)
+    _check_config(name, path, None)
     return path
 
 
@@ -152,8 +162,8 @@ def _hub_problem(name: str, error: Exception) -> str:
     )
 
 
-def _check_folder(folder: Path) -> None:
-    """Raise ModelLoadError where configuration or weights are missing or unreadable."""
+def _check_folder(folder: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors in its files. Raises ModelLoadError where configuration or weights are unreadable."""
     config, weights = folder / "config.json", folder / "model.safetensors"
     if is_adapter(str(folder)):
         config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
@@ -176,16 +186,18 @@ def _check_folder(folder: Path) -> None:
         raise ModelLoadError(
             f"{folder}: {', '.join(missing)} is missing; download or copy the model again, or save it as safetensors"
         )
+    shapes: dict[str, list[int]] = {}
     for shard in shards:
         try:
-            with safe_open(shard, "pt"):
-                pass
+            with safe_open(shard, "pt") as tensors:
+                shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             with shard.open("rb") as file:
                 pointer = file.read(20).startswith(b"version https://git")
             reason = "a Git LFS pointer, not the weights" if pointer else f"cut short or damaged: {one_line(error)}"
             remedy = "run `git lfs pull` in its folder" if pointer else "download or copy it again"
             raise ModelLoadError(f"{shard}: is {reason}; {remedy}") from error
+    return shapes
 
 
 def _shards(index: Path) -> list[Path]:
@@ -201,8 +213,8 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and value.endswith(".safetensors") and not set(value) & set("/\\\0")
 
 
-def _check_config(name: str, path: str) -> None:
-    """Raise ModelLoadError unless config.json describes a dense Qwen language model, unquantised."""
+def _check_config(name: str, path: str, shapes: dict[str, list[int]] | None) -> None:
+    """Raise ModelLoadError unless config.json describes a dense Qwen language model, unquantised, of a possible size."""
     config = read_json(Path(str(cached_file(path, "config.json"))))
     kind, architectures = config.get("model_type"), config.get("architectures") or []
     architectures = architectures if isinstance(architectures, list) else [architectures]
@@ -217,7 +229,7 @@ def _check_config(name: str, path: str) -> None:
         reason = f"is quantised already ({method})"
         remedy = "choose the unquantised model, with load_in_4bit or load_in_8bit where memory is short"
     else:
-        return
+        return check_sizes(name, config, shapes)
     raise ModelLoadError(f"{name}: {reason}, which cannot be trained here; {remedy}")
 
 

@@ -1,4 +1,4 @@
-"""Mojibake: Arabic text that was decoded with a wrong character set, found and decoded again."""
+"""Arabic text in a wrong character set: what bytes are in, and mojibake, found and decoded again."""
 
 from __future__ import annotations
 
@@ -88,6 +88,20 @@ _MISTAKES: list[_Utf8As | _Cp1256AsCp1252] = [
     _Cp1256AsCp1252(),
 ]
 _WESTERN = re.compile("[À-ÿ]")  # the first and the last need such letters
+
+
+def likely_encoding(data: bytes) -> str | None:
+    """The name that iconv has for what bytes are in that are no UTF-8; None where they do not tell."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    sound = len(_LETTER.findall(data.decode("utf-8", "ignore")))
+    for name in ("WINDOWS-1256", "ISO-8859-6"):
+        text = data.decode(name, "replace")
+        letters = len(_LETTER.findall(text))
+        # More of UTF-8 than a few bytes that happen to look so: a byte of it is damaged.
+        if letters >= 3 and letters > 4 * sound and not re.search("[À-ÿ\x80-\x9f\ufffd]", text):
+            return name
+    return None
 
 
 def repair_mojibake(text: str) -> str:

@@ -15,9 +15,10 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from arabic_qwen.config import BaseConfig
+from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.data.sources import data_seed
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.models.precision import compute_dtype
+from arabic_qwen.models.precision import check_bitsandbytes, compute_dtype
 from arabic_qwen.redaction import redact
 
 # transformers is renaming its argument.
@@ -27,6 +28,8 @@ _CHECKPOINTING = next(
     if name in {field.name for field in dataclasses.fields(TrainingArguments)}
 )
 
+
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit"}
 
 _REPORTING_EXTRAS = ("mlflow", "tensorboard", "wandb")
 
@@ -82,6 +85,7 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
             per_device_train_batch_size=config.per_device_train_batch_size,
             per_device_eval_batch_size=config.per_device_eval_batch_size,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
+            optim=_OPTIMIZERS[config.optim],
             lr_scheduler_type=config.lr_scheduler_type,
             warmup_steps=config.warmup_ratio,  # below 1 it is a ratio
             weight_decay=config.weight_decay,
@@ -121,12 +125,28 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
         raise ConfigurationError(f"transformers refuses the configuration: {error}") from error
 
 
+def planned_tokens(config: BaseConfig, train: Any) -> float:
+    """About how many tokens training runs over; inf for a stream, which is for data larger than memory."""
+    if not isinstance(train, GroupDataset):
+        return math.inf
+    lengths = train.lengths
+    if config.max_steps is None:
+        return sum(lengths) * config.num_train_epochs
+    sequences = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    packed = config.max_seq_length if getattr(config, "packing", False) else 0
+    return sequences * max(packed, sum(lengths) / len(lengths))
+
+
 def _recomputes(config: BaseConfig) -> bool:
     """Whether all layers recompute; where that is chosen, before it is."""
     return torch.cuda.is_available() if config.gradient_checkpointing == "auto" else config.gradient_checkpointing
 
 
 def _check_packages(config: BaseConfig) -> None:
+    if config.optim == "adamw_8bit":
+        if not torch.cuda.is_available():
+            raise ConfigurationError("optim: adamw_8bit needs a CUDA device; set it to adamw")
+        check_bitsandbytes("optim")
     if config.deepspeed:
         if not Path(config.deepspeed).is_file():
             raise ConfigurationError(f"deepspeed: {config.deepspeed} does not exist; give a DeepSpeed JSON file")

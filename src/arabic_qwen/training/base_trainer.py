@@ -21,10 +21,10 @@ from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.data.templates import set_template, stop_token_ids
 from arabic_qwen.errors import ConfigurationError, DatasetError, TrainingError
 from arabic_qwen.files import staged
-from arabic_qwen.models import adapters, loading, precision, sources
+from arabic_qwen.models import adapters, compilation, loading, precision, sources
 from arabic_qwen.models.reference import precompute, reference_policy
 from arabic_qwen.training import checkpoints
-from arabic_qwen.training.arguments import Schedule, resolve_schedule, training_arguments
+from arabic_qwen.training.arguments import Schedule, planned_tokens, resolve_schedule, training_arguments
 from arabic_qwen.training.callbacks import run_callbacks
 from arabic_qwen.training.dialects import tag_dialects
 from arabic_qwen.training.engine import PackedTrainer
@@ -345,10 +345,13 @@ class BaseTrainer(GenerationMixin):
                     )
                 for split, groups in zip(dataset.values(), known_splits, strict=True):
                     split.groups = groups
+        if compilation.worthwhile(config, self.model, planned_tokens(config, dataset["train"])):
+            compilation.compile_packed(self.model)
         return PackedTrainer(
             objective=objective,
             reference=reference,
             token_budget=config.token_budget,
+            loss_spikes=config.loss_spikes,
             fits_recompute=config.gradient_checkpointing == "auto",
             sequence_capacity=config.max_seq_length if getattr(config, "packing", False) else None,
             model=self.model,
@@ -373,7 +376,7 @@ class BaseTrainer(GenerationMixin):
             return
         config = self._validated()
         folder = Path(output_dir or config.resolved_output_dir)
-        with staged(folder) as stage:
+        with staged(folder, loading.saved_bytes(self.model, whole=config.merge_and_save)) as stage:
             adapter = loading.save_model(self.model, config, stage)
             self.tokenizer.save_pretrained(stage)
             config.model_copy(update={"output_dir": str(folder)}).to_yaml(stage / sources.RUN_CONFIG)

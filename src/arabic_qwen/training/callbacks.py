@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from arabic_qwen.config import BaseConfig
-from arabic_qwen.files import write_atomically
+from arabic_qwen.files import append, write_atomically
 from arabic_qwen.training.arguments import Schedule
 from arabic_qwen.training.report import METRICS_FILE, draw_loss_curve, read_entries
 from arabic_qwen.training.samples import SAMPLES_FILE
@@ -79,8 +79,8 @@ class RunLog(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
-            with Path(args.output_dir, METRICS_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **logs}) + "\n")
+            entry = json.dumps({"step": state.global_step, "epoch": state.epoch, **logs})
+            append(Path(args.output_dir, METRICS_FILE), entry + "\n")
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:

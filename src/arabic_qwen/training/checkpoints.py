@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from arabic_qwen.config import BaseConfig, load_config
 from arabic_qwen.data.bad_rows import BAD_ROWS_FILE, is_first_process
 from arabic_qwen.data.dataset import GroupDataset
+from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.files import remove_folder, remove_unfinished, write_atomically
 from arabic_qwen.models.sources import RUN_CONFIG
@@ -46,12 +47,13 @@ _HARMLESS = {
     "dialect_model",
     "token_budget",
     "gradient_checkpointing",
+    "torch_compile",
     "save_total_limit",
     "dataloader_num_workers",
     "dataloader_pin_memory",
 }
 
-# Say what the checkpoint's weights are; may not even differ where the user says so.
+# Say what the checkpoint's weights and optimizer state are; may not even differ where the user says so.
 _OF_THE_WEIGHTS = {
     "model_name",
     "use_lora",
@@ -62,6 +64,7 @@ _OF_THE_WEIGHTS = {
     "init_lora_weights",
     "load_in_4bit",
     "load_in_8bit",
+    "optim",
 }
 
 _PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")  # of checkpoints of other programs
@@ -214,7 +217,7 @@ def begin_run(run: Run, config: BaseConfig, sums: Mapping[str, str]) -> Iterator
 
 
 def data_sums(dataset: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 of each split's token ids and targets, in their order; none of what is streamed or not ours."""
+    """SHA-256 of each split's token ids and targets, in their order; of what is streamed, of its files' names and sizes."""
     sums = {}
     for name, split in dataset.items():
         if isinstance(split, GroupDataset):
@@ -224,6 +227,8 @@ def data_sums(dataset: Mapping[str, Any]) -> dict[str, str]:
                 for ids, targets in group.completions:
                     digest.update(b"|" + ids.tobytes() + targets.tobytes())
             sums[name] = digest.hexdigest()
+        elif isinstance(split, GroupStream):
+            sums[name] = hashlib.sha256("\n".join(split.identity).encode()).hexdigest()
     return sums
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 import arabic_qwen
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.config.data import describe
+from arabic_qwen.files import write_atomically
 from arabic_qwen.redaction import redact
 
 METRICS_FILE = "metrics.jsonl"
@@ -61,7 +63,9 @@ def draw_loss_curve(run_dir: Path) -> Path | None:
             axes.legend()
     if not any(axes.lines for axes in figure.axes):
         return None
-    figure.savefig(run_dir / LOSS_CURVE, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120)
+    write_atomically(run_dir / LOSS_CURVE, image.getvalue())
     return run_dir / LOSS_CURVE
 
 

@@ -19,12 +19,14 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 
 from arabic_qwen.config import BaseConfig
-from arabic_qwen.files import UNFINISHED
+from arabic_qwen.files import UNFINISHED, check_space, writing
+from arabic_qwen.models.loading import saved_bytes
 from arabic_qwen.models.sources import RUN_CONFIG
 from arabic_qwen.training.callbacks import ProgressDisplay
 from arabic_qwen.training.signals import EvaluationStopped, StopOnSignal
-from arabic_qwen.training.snapshots import damage, publish, rotate, step_of
+from arabic_qwen.training.snapshots import damage, find_checkpoints, publish, rotate, step_of
 from arabic_qwen.training.state import load_state, save_state
+from arabic_qwen.training.workers import watched_workers
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,8 @@ class ResumableTrainer(Trainer):
         if self.is_deepspeed_enabled:
             _restrict_deepspeed()
         try:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            with watched_workers():
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ProgressDisplay):  # an exception skips on_train_end
@@ -135,7 +138,8 @@ class ResumableTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # Dropout must not depend on whether an evaluation lay between two steps: data loaders draw a seed.
-        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with watched_workers(), torch.random.fork_rng(devices):
             return super().evaluate(*args, **kwargs)
 
     def _finalize_training(self, trial: Any, *args: Any) -> Any:
@@ -167,21 +171,34 @@ class ResumableTrainer(Trainer):
         # One that a signal brought about is not among those that the best is chosen from.
         if self.state.best_global_step == step and self.control.should_save:
             self.state.best_model_checkpoint = str(checkpoint)
-        if self.args.should_save:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        try:
-            self._write_checkpoint(unfinished)
-            self.accelerator.wait_for_everyone()
+        needed = self._checkpoint_bytes(run)
+        with writing(checkpoint, needed):
             if self.args.should_save:
-                publish(unfinished, checkpoint)
-        except OSError:  # a full disk
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-        if self.args.should_save:
-            rotate(run, self.args.save_total_limit, {self.state.best_model_checkpoint or str(checkpoint)})
+                shutil.rmtree(unfinished, ignore_errors=True)
+                check_space(checkpoint, needed)
+                unfinished.mkdir()  # without parents: a folder that was removed or unmounted is not made again
+            self.accelerator.wait_for_everyone()
+            try:
+                self._write_checkpoint(unfinished)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    publish(unfinished, checkpoint)
+            except Exception:  # a full disk, or a data worker that was killed meanwhile
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
+            if self.args.should_save:
+                rotate(run, self.args.save_total_limit, {self.state.best_model_checkpoint or str(checkpoint)})
         self.accelerator.wait_for_everyone()
         self._saved_step = step
+
+    def _checkpoint_bytes(self, run: Path) -> int:
+        """Bytes that a checkpoint takes, about: as the last one did, or of weights and optimizer in memory."""
+        last = find_checkpoints(run)[:1]
+        if last:
+            return sum(file.stat().st_size for file in last[0].rglob("*") if file.is_file())
+        moments = (value for state in self.optimizer.state.values() for value in state.values())
+        sizes = (value.nbytes for value in moments if isinstance(value, torch.Tensor))
+        return saved_bytes(self.model) + sum(sizes)
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)
@@ -286,12 +303,16 @@ class ResumableTrainer(Trainer):
             )
             return
         state = states[self.args.process_index]
+        self._set_random_state(state)
+        self.keep_running(state)
+
+    def _set_random_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `_random_state` gave."""
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
         if "cuda" in state and self.args.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.args.device)
-        self.keep_running(state)
 
 
 def _restrict_deepspeed() -> None:

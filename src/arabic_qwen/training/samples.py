@@ -14,6 +14,7 @@ from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.data.packing import Group
 from arabic_qwen.data.sources import data_seed
 from arabic_qwen.data.templates import last_question
+from arabic_qwen.files import append
 from arabic_qwen.redaction import redact
 from arabic_qwen.text.dialects import UNKNOWN, load_classifier
 from arabic_qwen.text.scripts import leaked_scripts, script_shares
@@ -67,8 +68,7 @@ class Samples:
         self.latest = [sample for sample in read_entries(self._file) if sample["step"] == step]
         if not self.latest:
             self.latest = self._sample(model, step)
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(redact("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in self.latest)))
+            append(self._file, redact("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in self.latest)))
         leaks = [leaked_scripts(sample["prompt"], sample["answer"]) for sample in self.latest]
         pairs = zip(self.latest, self._dialects([sample["reference"] for sample in self.latest]), strict=True)
         known = [(sample["dialect"], other) for sample, other in pairs if UNKNOWN not in (sample["dialect"], other)]
