@@ -74,15 +74,15 @@ def test_a_run_of_several_billion_parameters(seven):
     assert small.changes[0].saved == pytest.approx(9.7e9, rel=0.02)
     assert devices["RTX 4090"].fit.recomputed > 20
     quantized = on(planning.plan(pairs(seven, load_in_4bit=True), ["3060"]))["RTX 3060"]
-    assert quantized.fits and quantized.parts.total < 10.5e9
+    assert quantized.fits and quantized.fit.token_budget == 8192
     whole = on(planning.plan(pairs(seven, use_lora=False)))["H100 80GB"]
-    assert [change.setting for change in whole.changes] == ["precompute_reference=true", "use_lora=true"]
+    needed = ["optim=adamw_8bit", "precompute_reference=true", "use_lora=true"]
+    assert [change.setting for change in whole.changes] == needed
     assert sum(whole.parts) == whole.parts.total > 150e9
 
 
-def test_speed_is_what_was_measured(seven, monkeypatch):
+def test_speed_is_what_was_measured(seven):
     """DPO on an H100, compiled: 15,696 tokens/s where a prompt counts for each of its answers."""
-    monkeypatch.setattr(planning._Run, "compiled", True)
     found = planning.plan(pairs(seven))
     useful = 2 * (250 + 305) / found.mix.tokens
     assert on(found)["H100 80GB"].tokens_per_s * useful == pytest.approx(15_696, rel=0.05)
@@ -101,7 +101,7 @@ def test_as_a_verb(seven, tmp_path, monkeypatch, capsys):
     pairs(seven).to_yaml("dpo.yaml")
     code, text, _ = in_process(monkeypatch, capsys, "plan", "dpo.yaml")
     assert code == 0
-    assert "7,615,616,512 parameters in 28 layers, 40,370,176 more in adapters" in text
+    assert "7,615,616,512 parameters in 28 layers, 40,370,176 more in adapters; its weights are not on" in text
     assert "not read (data/training.jsonl: cannot be read" in text
     for part in ("RTX 3060", "weights", "█", "load_in_4bit=true", "fits"):
         assert part in text

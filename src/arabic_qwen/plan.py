@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
 from arabic_qwen.config import BaseConfig
@@ -22,6 +23,7 @@ from arabic_qwen.config.data import data_sources
 from arabic_qwen.data.packing import Group
 from arabic_qwen.data.sources import read_rows
 from arabic_qwen.errors import ConfigurationError, DatasetError, ModelLoadError
+from arabic_qwen.models.compilation import WORTHWHILE
 from arabic_qwen.models.memory import Memory, ModelShape, model_shape, step_memory
 from arabic_qwen.models.precision import compute_dtype
 from arabic_qwen.models.sources import locate_configuration
@@ -108,6 +110,7 @@ class Plan:
     """What `arabic-qwen plan` shows."""
 
     model: str
+    has_weights: bool  # on this machine
     shape: ModelShape
     mix: Mix
     devices: list[Estimate]
@@ -131,7 +134,14 @@ def plan(config: BaseConfig, gpus: Sequence[str] = ()) -> Plan:
     )
     run = _Run(config, mix, shapes)
     devices = [run.estimate(name, gpu) for name, gpu in [_here(), *((name, GPUS[name]) for name in names)]]
-    return Plan(config.model_name, run.shape, mix, devices)
+    return Plan(config.model_name, _has_weights(path), run.shape, mix, devices)
+
+
+def _has_weights(path: str) -> bool:
+    if Path(path).is_dir():
+        return any(Path(path).glob("*.safetensors"))
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return any(isinstance(try_to_load_from_cache(path, name), str) for name in names)
 
 
 def _known(name: str) -> str:
@@ -191,8 +201,18 @@ class _Run:
         return not config.use_lora or bool(config.ref_model_name) or config.lora_bias != "none"
 
     @property
+    def tokens(self) -> float | None:
+        """Of the whole run, in the stream; None where the data was not read."""
+        return self.mix.steps and self.mix.steps * self.mix.examples_a_step * self.mix.tokens
+
+    @property
     def compiled(self) -> bool:
-        return bool(getattr(self.config, "torch_compile", False))
+        """As :func:`arabic_qwen.models.compilation.worthwhile` on a GPU that has flash attention."""
+        config = self.config
+        if config.torch_compile != "auto":
+            return config.torch_compile
+        unusual = config.deepspeed or config.use_dora or config.load_in_8bit or not config.use_flash_attention
+        return not unusual and self.shape.parameters * (self.tokens or math.inf) > WORTHWHILE
 
     def memory(self, tokens: int, recomputed: int, on_gpu: bool = True) -> Memory:
         dtype = _dtype(self.config)
@@ -233,10 +253,7 @@ class _Run:
     def estimate(self, name: str, gpu: Gpu) -> Estimate:
         fit, parts = self.fit(gpu)
         speed = self._tokens_per_s(gpu, fit.recomputed)
-        tokens = 1e6
-        if self.mix.steps is not None:
-            tokens = self.mix.steps * self.mix.examples_a_step * self.mix.tokens
-        seconds = tokens / speed if speed else None
+        seconds = (self.tokens or 1e6) / speed if speed else None
         found = Estimate(name, gpu.memory, fit, parts, speed, seconds, [])
         found.changes = [] if found.fits or name == _PROCESSOR else self._changes(gpu)
         return found
@@ -246,7 +263,7 @@ class _Run:
         if not gpu.peak or _dtype(self.config).itemsize != 2:
             return None
         rate = gpu.peak * gpu.share
-        if getattr(self.config, "base_precision", None) == "fp8":
+        if self.config.base_precision == "fp8":
             if not gpu.fp8:
                 return None
             rate *= _FP8
@@ -298,7 +315,7 @@ def _remedies(config: BaseConfig) -> list[tuple[str, dict[str, Any]]]:
         found.append(("gradient_checkpointing=auto", {"gradient_checkpointing": "auto"}))
     if config.token_budget:
         found.append(("token_budget=null", {"token_budget": None}))
-    if not config.use_lora and getattr(config, "optim", "") == "adamw":
+    if not config.use_lora and config.optim == "adamw":
         found.append(("optim=adamw_8bit", {"optim": "adamw_8bit"}))
     if getattr(config, "precompute_reference", None) is False and not config.streaming:
         found.append(("precompute_reference=true", {"precompute_reference": True}))
@@ -307,8 +324,7 @@ def _remedies(config: BaseConfig) -> list[tuple[str, dict[str, Any]]]:
     if config.lora_r > 8:
         found.append(("lora_r=8", {"lora_r": 8}))
     if not (config.load_in_4bit or config.load_in_8bit) and config.init_lora_weights in ("default", "gaussian"):
-        plain = {"base_precision": None} if hasattr(config, "base_precision") else {}
-        found.append(("load_in_4bit=true", {"load_in_4bit": True, **plain}))
+        found.append(("load_in_4bit=true", {"load_in_4bit": True, "base_precision": None}))
     length = config.max_seq_length // 2
     found.append((f"max_seq_length={length}", {"max_seq_length": length}))
     return found

@@ -28,7 +28,8 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
     """The model and the data in a line each, a table of devices, their memory as bars, and what to change."""
     shape = plan.shape
     adapters = f", {shape.adapters:,} more in adapters" if shape.adapters else ", all trained"
-    yield f"model  {escape(plan.model)}: {shape.parameters:,} parameters in {shape.layers} layers{adapters}"
+    missing = "" if plan.has_weights else "; its weights are not on this machine yet"
+    yield f"model  {escape(plan.model)}: {shape.parameters:,} parameters in {shape.layers} layers{adapters}{missing}"
     steps = f"; {plan.mix.steps:,} steps" if plan.mix.steps else ""
     yield f"data   {escape(plan.mix.note)}{steps}"
     yield ""
@@ -105,6 +106,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     """The same as JSON; bytes and seconds. Times are of a million tokens where `steps` is null."""
     return {
         "model": plan.model,
+        "has_weights": plan.has_weights,
         "parameters": plan.shape.parameters,
         "adapters": plan.shape.adapters,
         "layers": plan.shape.layers,

@@ -23,7 +23,7 @@ _VARIANTS = 64
 
 
 # Parameters × tokens of a run that pays for compiling: some minutes on an H100, of which a quarter is saved.
-_WORTHWHILE = 2e16
+WORTHWHILE = 2e16
 
 
 def worthwhile(config: BaseConfig, model: Any, tokens: float) -> bool:
@@ -42,7 +42,7 @@ def worthwhile(config: BaseConfig, model: Any, tokens: float) -> bool:
     if config.torch_compile != "auto":
         return config.torch_compile
     unusual = config.deepspeed or config.use_dora or config.load_in_8bit
-    return flash and not unusual and model.num_parameters() * tokens > _WORTHWHILE
+    return flash and not unusual and model.num_parameters() * tokens > WORTHWHILE
 
 
 def compile_packed(model: Any) -> None:

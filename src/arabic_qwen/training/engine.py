@@ -133,11 +133,9 @@ class PackedTrainer(GuardedTrainer):
         sampler = StepSampler(self.args, sequences.lengths, sequences.labels, epoch=lambda: int(self.state.epoch or 0))
         return self._loader(sequences, sampler)
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, *args: Any) -> Any:
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, *args)
+    def _prepare_for_training(self, *args: Any) -> Any:
+        prepared = super()._prepare_for_training(*args)
         fitting.fit(self)
-        if not isinstance(self.train_groups, GroupStream):  # which asks for the token budget as it goes
-            train_dataloader.collate_fn = self._collate
         return prepared
 
     def _streamed_steps(self) -> Iterator[Step]:

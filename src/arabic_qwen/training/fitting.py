@@ -180,11 +180,12 @@ def fit(trainer: Any) -> None:
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     measure = CudaMeasure(trainer.model, groups, moments * trained)
     memory = measure.memory()
+    longest = max(group.num_tokens for group in groups)
     found = choose(
         measure,
         layers=len(layers),
         limit=USABLE * memory,
-        longest=max(group.num_tokens for group in groups),
+        longest=longest,
         token_budget=None if trainer.fits_budget else trainer.token_budget,
         recomputed=None if trainer.fits_recompute else sum(layer.gradient_checkpointing for layer in layers),
     )
@@ -198,3 +199,8 @@ def fit(trainer: Any) -> None:
         f"token_budget {trainer.token_budget:,}, {trainer.recomputed} of {len(layers)} layers recomputed: "
         f"{used} of {memory / 1e9:.0f} GB"
     )
+    if found.peak > USABLE * memory:
+        logger.warning(
+            f"the longest example, of {longest:,} tokens, will hardly fit into memory; "
+            "`arabic-qwen plan` says what each setting saves"
+        )
