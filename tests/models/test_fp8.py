@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -222,10 +223,17 @@ def test_preferences_in_two_stages(here, model_dir, tmp_path):
     assert losses[0] == pytest.approx(0.6931472, abs=1e-6)
 
 
-def test_is_merged_into_the_base_as_it_was(here, model_dir, sft_file, tmp_path):
-    trained(SFTConfig, model_dir, sft_file, tmp_path / "run", merge_and_save=True, max_steps=2)
+def test_resumed_with_its_best_loaded_and_merged_into_the_base_as_it_was(here, model_dir, sft_file, tmp_path):
+    values = {"merge_and_save": True, "max_steps": 2, "eval_steps": 1, "save_steps": 1, "eval_samples": 0}
+    trained(SFTConfig, model_dir, sft_file, tmp_path / "run", **values)
+    shutil.copytree(tmp_path / "run" / "checkpoint-1", tmp_path / "again" / "checkpoint-1")
+    for name in ("training_config.yaml", "metrics.jsonl"):
+        shutil.copy(tmp_path / "run" / name, tmp_path / "again")
+    trainer, _ = trained(SFTConfig, model_dir, sft_file, tmp_path / "again", **values)
+    assert trainer.trainer._resumed_from and trainer.trainer.args.load_best_model_at_end
+    weights, again = (load_file(tmp_path / run / "model.safetensors") for run in ("run", "again"))
+    assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     loaded = BaseTrainer(SFTConfig())
     loaded.load_model(str(tmp_path / "run"))
     assert loaded.config.base_precision is None and not converted(loaded.model)
-    weights = load_file(tmp_path / "run" / "model.safetensors")
-    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}

@@ -30,7 +30,7 @@ def _matmul_fp8(a, b, scale_a, scale_b, bias=None) -> torch.Tensor:
     return torch._scaled_mm(a, b.t(), scale_a, scale_b.t(), bias=bias, out_dtype=torch.bfloat16)
 
 
-@torch.compiler.allow_in_graph  # Dynamo, tracing it by itself, fails on the second one of a graph with dynamic shapes
+@torch.compiler.allow_in_graph  # tracing into it, Dynamo fails on the second one in a graph of dynamic shapes
 class _FP8Product(torch.autograd.Function):
     """`x @ (weight · scale).T + bias` and its gradient in x; the weight is frozen, so that x need not be kept."""
 
@@ -47,9 +47,8 @@ class _FP8Product(torch.autograd.Function):
             weight_t = weight.t().contiguous()
         # The product sums over the weight's rows, so their scales belong to the gradient.
         values, row_scale = quantize_rows(grad.float() * scale.t())
-        return _matmul_fp8(values, weight_t, row_scale, torch.ones_like(weight_t[:, :1], dtype=torch.float32)), *[
-            None
-        ] * 4
+        ones = torch.ones_like(weight_t[:, :1], dtype=torch.float32)
+        return _matmul_fp8(values, weight_t, row_scale, ones), None, None, None, None
 
 
 class FP8Linear(torch.nn.Module):
