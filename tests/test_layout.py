@@ -21,7 +21,8 @@ LAYERS = [
     {"config", "text", "losses", "terminal"},
     {"data", "models"},
     {"audit", "evaluation", "training"},
-    {"chat", "comparison", "doctor", "dry_run", "quickstart"},
+    {"chat", "comparison", "doctor", "dry_run", "plan", "quickstart"},
+    {"plan_tables"},
     {"cli", "cli_data", "studio", "__main__"},
 ]
 

@@ -194,6 +194,8 @@ def test_values(folder, monkeypatch, capsys, changes, code, parts):
 NO_GPU = {
     "8 bit": ("load_in_8bit=true", ["load_in_8bit", "CUDA", "set load_in_4bit instead, or neither"]),
     "float16": ("fp16=true", ["fp16", "CUDA", "torch_dtype to float32"]),
+    "fp8": ("base_precision=fp8", ["base_precision", "CUDA", "set it to null"]),
+    "8-bit optimizer": ("optim=adamw_8bit", ["optim", "CUDA", "set it to adamw"]),
 }
 
 

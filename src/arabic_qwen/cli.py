@@ -29,6 +29,7 @@ app = typer.Typer(
       arabic-qwen quickstart                all of it with a tiny model, 2 minutes
       arabic-qwen data check rows.jsonl     what is wrong with your data
       arabic-qwen init sft > sft.yaml       put your model and your data there
+      arabic-qwen plan sft.yaml             where it fits, and how long it takes
       arabic-qwen train sft.yaml --dry-run  check it all, and what it would take
       arabic-qwen train sft.yaml            train
       arabic-qwen chat ./checkpoints/sft    talk to the result
@@ -133,12 +134,14 @@ def train(
     try:
         trainer.train()
     except (KeyboardInterrupt, SystemExit, TrainingError) as stop:
+        if isinstance(stop, ConfigurationError):  # nothing was stopped
+            raise
         saved = find_checkpoints(Path(settings.resolved_output_dir))
         same = settings.resume_from_checkpoint == "auto" and not settings.overwrite_output_dir
         what = "the same command" if same else "resume_from_checkpoint=auto overwrite_output_dir=false"
         how = f"go on from {saved[0]}" if saved else "start again, for there is no checkpoint yet"
         if isinstance(stop, TrainingError):
-            if saved and not isinstance(stop, ConfigurationError):
+            if saved:
                 stop.args = (f"{stop}\nthen {what} will {how}",)
             raise
         print(f"stopped; {what} will {how}", file=sys.stderr)
@@ -150,6 +153,30 @@ def train(
     folder = settings.resolved_output_dir
     print(f"model, README.md, metrics.jsonl and loss_curve.png: {folder}")
     print(f"talk to it: arabic-qwen chat {folder}")
+
+
+@app.command(epilog="Example: arabic-qwen plan dpo.yaml load_in_4bit=true --gpu 'RTX 3060'")
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file, as for train")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs that win over the file")] = None,
+    gpu: Annotated[list[str] | None, typer.Option(help="A GPU to plan for; may be given several times")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object and nothing else")] = False,
+) -> None:
+    """Estimate memory, speed and time of a run, here and on GPUs by name, and what to change where it does not fit."""
+    _set_up_output()
+    from rich.console import Console
+
+    from arabic_qwen import plan_tables
+    from arabic_qwen.config import load_config
+    from arabic_qwen.plan import plan as estimate
+
+    found = estimate(load_config(config, overrides), gpu or [])
+    if as_json:
+        print(json.dumps(plan_tables.as_json(found), ensure_ascii=False, indent=2))
+        return
+    console = Console(highlight=False)
+    for part in plan_tables.tables(found):
+        console.print(part, soft_wrap=True)
 
 
 @app.command(epilog="Example: arabic-qwen chat ./checkpoints/sft --system 'أجب بالعربية الفصحى.'")

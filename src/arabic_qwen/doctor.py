@@ -108,9 +108,15 @@ def _default_dtype() -> torch.dtype:
 
 def _quantisation() -> list[Finding]:
     findings = []
-    for setting, name in (("load_in_4bit", "4 bit"), ("load_in_8bit", "8 bit")):
+    for name, setting, value in (
+        ("4 bit", "load_in_4bit", True),
+        ("8 bit", "load_in_8bit", True),
+        ("fp8", "base_precision", "fp8"),
+    ):
+        config = SFTConfig(**{setting: value})
         try:
-            precision.quantization(SFTConfig(**{setting: True}))
+            precision.quantization(config)
+            precision.check_fp8(config)
             findings.append(Finding("ok", name, f"possible ({setting})"))
         except ConfigurationError as error:
             reason = str(error).partition(": ")[2].partition("; ")[0]

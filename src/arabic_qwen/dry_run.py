@@ -111,7 +111,7 @@ def _step_lines(engine: PackedTrainer, config: BaseConfig) -> list[str]:
     full = first.num_tokens / (engine.token_budget * len(parts))
     return [
         f"steps      {steps:,}, of about {tokens:,.0f} tokens each",
-        f"first step {first.groups} examples, {first.num_tokens:,} tokens; micro-batches: {len(parts)}, the largest of "
+        f"first step {len(first.groups)} examples, {first.num_tokens:,} tokens; micro-batches: {len(parts)}, the largest of "
         f"{max(parts):,} tokens, {full:.0%} of token_budget={engine.token_budget:,} filled",
     ]
 
@@ -150,6 +150,7 @@ def _measure(engine: PackedTrainer) -> Measured:
         tokens += group.num_tokens
     engine.sequence_capacity, engine.args.gradient_accumulation_steps = None, 1
     engine.callback_handler.callbacks = [meter := _Meter()]
+    engine.backs_off = False
     for groups in (sample[:1], sample):  # the first pass also brings in weights and kernels
         engine.train_groups, engine.args.per_device_train_batch_size = groups, len(groups)
         try:

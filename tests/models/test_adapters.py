@@ -7,9 +7,10 @@ from transformers import TrainerCallback
 
 from arabic_qwen.config import DPOConfig, SFTConfig
 from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.models import adapters
 from arabic_qwen.models.adapters import add_lora, grow_embedding
 from arabic_qwen.models.loading import load_model
-from arabic_qwen.models.scoring import score_completions
+from arabic_qwen.models.scoring import enable_packed_forward, score_completions
 from arabic_qwen.training.base_trainer import BaseTrainer
 
 
@@ -269,3 +270,51 @@ class TestNewTokens:
         assert grow_embedding(model, len(tokenizer)) == 0
         assert add_lora(model, SFTConfig()).peft_config["default"].trainable_token_indices is None
         assert model.config.vocab_size == len(tokenizer) + 100
+
+
+class TestInputOfAdapters:
+    """Under autocast adapters take the layer's input as it is, in half precision."""
+
+    def run(self, tiny_model, monkeypatch, *, as_peft: bool, autocast: bool = True, **values):
+        if as_peft:
+            monkeypatch.setattr(adapters, "_cast_outside_autocast", lambda x, dtype: x.to(dtype))
+        config = SFTConfig(lora_target_modules="all-linear", lora_dropout=0.0, **values)
+        plain = tiny_model().bfloat16()
+        enable_packed_forward(plain)
+        model = add_lora(plain, config).train()
+        monkeypatch.undo()
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = tensor, storage.nbytes()
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            logps = torch.cat(score_completions(model, [([3, 4, 5] * 30, [[6, 7, 8] * 30])])[0])
+        logps.sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        return logps, gradients, sum(size for _, size in kept.values())
+
+    def test_same_results_in_less_memory(self, tiny_model, monkeypatch):
+        logps, gradients, size = self.run(tiny_model, monkeypatch, as_peft=False)
+        peft_logps, peft_gradients, peft_size = self.run(tiny_model, monkeypatch, as_peft=True)
+        assert torch.equal(logps, peft_logps)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, peft_gradients, strict=True)) and gradients
+        assert size < 0.95 * peft_size
+
+    @pytest.mark.parametrize("values", [{}, {"use_dora": True}], ids=str)
+    def test_is_cast_without_autocast(self, tiny_model, monkeypatch, values):
+        logps, gradients, _ = self.run(tiny_model, monkeypatch, as_peft=False, autocast=False, **values)
+        assert logps.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
+
+    def test_doras_norms_stay_in_float32(self, tiny_model, monkeypatch):
+        logps, gradients, _ = self.run(tiny_model, monkeypatch, as_peft=False, use_dora=True)
+        peft_logps, peft_gradients, _ = self.run(tiny_model, monkeypatch, as_peft=True, use_dora=True)
+        assert torch.equal(logps, peft_logps)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, peft_gradients, strict=True))

@@ -8,7 +8,7 @@ import torch
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models import precision
-from arabic_qwen.models.precision import compute_dtype, explained_dtype, quantization, restorable
+from arabic_qwen.models.precision import check_fp8, compute_dtype, explained_dtype, inherit, quantization, restorable
 
 CUDA, CPU = True, False
 
@@ -106,6 +106,56 @@ def test_quantisation(machine, bitsandbytes):
     assert nf4.bnb_4bit_compute_dtype is torch.bfloat16
     machine(CPU, False)
     assert quantization(SFTConfig(load_in_4bit=True)).bnb_4bit_compute_dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("capability", "values", "message"),
+    [
+        (None, {}, "^base_precision: fp8 needs a CUDA device; set it to null"),
+        (
+            (8, 0),
+            {},
+            r"^base_precision: fp8 needs a GPU of compute capability 8.9 or newer .*, this one has 8.0; set it",
+        ),
+        ((9, 0), {"torch_dtype": "float32"}, "^base_precision: fp8 layers give bfloat16; set torch_dtype to bfloat16"),
+        ((9, 0), {"fp16": True}, "^base_precision: fp8 layers give bfloat16; set torch_dtype to bfloat16 and fp16 to"),
+        ((8, 9), {}, None),
+        ((9, 0), {"torch_dtype": "auto"}, None),
+        ((10, 0), {"torch_dtype": "float16", "bf16": True}, None),
+    ],
+)
+def test_fp8(machine, monkeypatch, capability, values, message):
+    machine(capability is not None, True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    config = SFTConfig(base_precision="fp8", **values)
+    if message:
+        with pytest.raises(ConfigurationError, match=message):
+            check_fp8(config)
+    else:
+        check_fp8(config)
+    config.base_precision = None
+    check_fp8(config)
+
+
+@pytest.mark.parametrize(
+    ("capability", "given", "expected"),
+    [
+        ((9, 0), {}, {"torch_dtype": "bfloat16", "base_precision": "fp8"}),
+        ((8, 0), {}, {"torch_dtype": "bfloat16"}),
+        ((9, 0), {"base_precision": None}, {"torch_dtype": "bfloat16"}),
+        ((9, 0), {"torch_dtype": "float32"}, {"torch_dtype": "float32"}),
+    ],
+)
+def test_a_run_in_fp8_is_loaded_in_what_the_machine_has(machine, monkeypatch, capability, given, expected):
+    machine(CUDA, True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    config = SFTConfig(**given)
+    said = inherit(config, config.model_fields_set, SFTConfig(base_precision="fp8"), quantized=True)
+    assert {"torch_dtype": config.torch_dtype, "base_precision": config.base_precision} == {
+        "base_precision": None,
+        **expected,
+    }
+    assert bool(said) == (capability < (8, 9) or "torch_dtype" in given)
 
 
 RUN_IN_4BIT = {"torch_dtype": "auto", "load_in_4bit": True}

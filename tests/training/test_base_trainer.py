@@ -148,6 +148,7 @@ class TestTrainingArguments:
         assert args.load_best_model_at_end and args.metric_for_best_model == "eval_loss" and not args.greater_is_better
         assert args.run_name == "mine"
         assert args.logging_nan_inf_filter is False
+        assert args.optim == "adamw_torch_fused"
 
     @pytest.mark.parametrize(
         ("values", "said", "expected"),

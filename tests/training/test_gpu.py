@@ -7,11 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from arabic_qwen.config import CPOConfig, DPOConfig, KTOConfig, SFTConfig
 from arabic_qwen.data.packing import Completion, Group, pack
+from arabic_qwen.errors import TrainingError
 from arabic_qwen.models.attention import _segments, _varlen
+from arabic_qwen.models.recompute import decoder_layers
+from arabic_qwen.training import fitting, snapshots
 from arabic_qwen.training.base_trainer import BaseTrainer
+from tests.training.test_guards import Faulty
 
 pytestmark = [
     pytest.mark.gpu,
@@ -193,3 +198,96 @@ def test_preferences(model_dir, tmp_path, config_class, load_in_4bit):
     trainer.train()
     assert trainer.metrics["eval_rewards/margins"] > before["eval_rewards/margins"] + 0.05
     assert trainer.metrics["eval_loss"] < before["eval_loss"]
+
+
+class NoWaiting(TrainerCallback):
+    """Any wait for the device is an error, from the second step's begin to the fourth one's end."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_no_step_waits_for_the_device(config, model_dir, tmp_path, method):
+    if method == "dpo":
+        config = pairs_config(DPOConfig, model_dir, tmp_path)
+    config.max_steps, config.logging_steps, config.callbacks = 6, 100, [NoWaiting()]
+    try:
+        BaseTrainer(config).train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class Before(TrainerCallback):
+    """Weights and optimizer as they are after the second update."""
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.model, self.optimizer = model, optimizer
+        if state.global_step == 2:
+            self.before = self.tensors()
+
+    def tensors(self):
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [tensor.detach().clone() for tensor in (*self.model.parameters(), *states)]
+
+
+@pytest.mark.parametrize("torch_dtype", ["bfloat16", "float16"])
+def test_what_is_not_finite_stays_out(config, torch_dtype):
+    config.logging_steps, config.token_budget, config.torch_dtype = 100, 1, torch_dtype
+    config.callbacks = [before := Before()]
+    trainer = Faulty(config)
+    trainer.fault = lambda call, losses: (
+        losses * (float("nan") if call == 2 * config.per_device_train_batch_size + 2 else 1)
+    )
+    with pytest.raises(TrainingError, match="step 3: the loss is nan"):
+        trainer.train()
+    pairs = list(zip(before.before, before.tensors(), strict=True))
+    assert len(pairs) > 10 and all(torch.equal(old, new) for old, new in pairs)
+    assert [snapshots.step_of(path) for path in snapshots.find_checkpoints(Path(config.output_dir))] == [2]
+
+
+def test_a_step_that_did_not_fit_is_done_again(config):
+    """An allocation that no GPU has, in the first step's second micro-batch."""
+    config.max_steps, config.per_device_train_batch_size, config.token_budget = 2, 8, 60
+    trainer = Faulty(config)
+
+    def fault(call, losses):
+        if call == 2:
+            torch.empty(1 << 50, device="cuda")
+        return losses
+
+    trainer.fault = fault
+    trainer.train()
+    assert trainer.trainer.token_budget < 60
+    assert trainer.trainer.state.global_step == 2
+
+
+def test_memory_is_used_and_not_exceeded(config, monkeypatch):
+    config.gradient_checkpointing, config.packing, config.max_steps = "auto", True, 3
+    config.per_device_train_batch_size = 100
+    trainer = BaseTrainer(config)
+    engine, _ = trainer.prepare()
+    engine.fits_budget = engine.fits_recompute = False
+    engine.train()  # brings in kernels and their workspaces
+    engine.fits_budget = engine.fits_recompute = True
+    groups = engine.train_groups
+    measure = fitting.CudaMeasure(engine.model, groups, 0)
+    random_state = torch.cuda.get_rng_state()
+    needed = measure(2048, 1)
+    assert torch.equal(torch.cuda.get_rng_state(), random_state)
+    assert all(parameter.grad is None for parameter in engine.model.parameters())
+    assert measure(2048, 0) < needed < measure(2048, 2) < measure(4096, 2)
+    monkeypatch.setattr(fitting.CudaMeasure, "memory", lambda self: round(needed * 1.01 / fitting.USABLE))
+    engine.recomputed = None
+    engine.token_budget, engine.fits_budget = 2048, False
+    fitting.fit(engine)
+    assert engine.recomputed == 1
+    assert [layer.gradient_checkpointing for layer in decoder_layers(engine.model)] == [True, False]
+    torch.cuda.reset_peak_memory_stats()
+    engine.train()
+    assert torch.cuda.max_memory_allocated() < 1.05 * needed

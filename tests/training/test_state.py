@@ -1,5 +1,7 @@
 """Optimizer and scheduler state without pickle."""
 
+import importlib.util
+
 import pytest
 import torch
 from hypothesis import given
@@ -40,6 +42,32 @@ def test_every_optimizer_goes_on_exactly(name, tmp_path):
         step(again, other)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".safetensors"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize("size", [16, 128])  # below 4,096 elements its moments are float32
+def test_the_8_bit_optimizer_goes_on_exactly(size, tmp_path):
+    from bitsandbytes.optim import AdamW
+
+    gradients = torch.randn(6, size, 64, generator=torch.manual_seed(0))
+
+    def stepped(optimizer, gradients):
+        (weight,) = optimizer.param_groups[0]["params"]
+        for weight.grad in gradients:
+            optimizer.step()
+        return weight
+
+    def new(weight):
+        return AdamW([torch.nn.Parameter(weight.detach().clone())], lr=0.1, optim_bits=8)
+
+    optimizer = new(torch.ones(size, 64))
+    half = stepped(optimizer, gradients[:3]).detach().clone()
+    save_state(optimizer.state_dict(), tmp_path / "optimizer")
+    other = new(half)
+    other.load_state_dict(load_state(tmp_path / "optimizer"))
+    assert torch.equal(stepped(optimizer, gradients[3:]), stepped(other, gradients[3:]))
+    (state,) = other.state.values()
+    assert state["state1"].dtype == (torch.uint8 if size == 128 else torch.float32)
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8"))

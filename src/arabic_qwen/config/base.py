@@ -179,8 +179,17 @@ class BaseConfig(BaseModel):
     fp16: bool = Field(False, description="Compute in float16 whatever torch_dtype says (CUDA only)")
     load_in_4bit: bool = Field(False, description="NF4-quantised base model (needs bitsandbytes)")
     load_in_8bit: bool = Field(False, description="int8-quantised base model (needs CUDA and bitsandbytes)")
+    base_precision: Literal["fp8"] | None = Field(
+        None,
+        description="fp8: frozen linear layers compute in 8-bit floating point, faster (Ada, Hopper or newer GPU); "
+        "null: torch_dtype",
+    )
     use_flash_attention: bool = Field(
         True, description="Variable-length flash attention on CUDA; false: PyTorch SDPA per sequence"
+    )
+
+    torch_compile: bool | Literal["auto"] = Field(
+        "auto", description="Compile the model's layers: a minute or two, then faster; auto: for long runs on a GPU"
     )
 
     use_lora: bool = Field(True, description="Train LoRA adapters; false: train all weights")
@@ -210,13 +219,22 @@ class BaseConfig(BaseModel):
     per_device_eval_batch_size: int = Field(8, ge=1, description="Evaluation sequences per device and step")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Batches per optimizer step")
     token_budget: int | None = Field(
-        None, ge=1, description="Tokens computed at a time; changes speed and memory, never results; unset: by device"
+        None, ge=1, description="Tokens computed at a time; changes speed and memory, never results; unset: what fits"
     )
     lr_scheduler_type: SchedulerName = Field("linear", description="Learning-rate schedule, by its transformers name")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises")
+    optim: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="Optimizer; adamw_8bit keeps its moments in 8 bits (needs CUDA and bitsandbytes)"
+    )
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient-norm clipping; 0: none")
-    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass to save memory")
+    loss_spikes: Literal["log", "skip"] = Field(
+        "log", description="Steps whose loss is far above those before: log them with their rows, or skip their updates"
+    )
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        True,
+        description="Recompute activations in the backward pass to save memory; auto: in as few layers as memory needs",
+    )
     seed: int = Field(42, ge=0, le=_MAX_SEED, description="Seed of initialisation and dropout")
     data_seed: int | None = Field(
         42, ge=0, le=_MAX_SEED, description="Seed of the split and the data order; null: seed"
@@ -290,6 +308,8 @@ class BaseConfig(BaseModel):
             raise ValueError("load_in_4bit and load_in_8bit are both true; set one of them to false")
         if (self.load_in_4bit or self.load_in_8bit) and not self.use_lora:
             raise ValueError("a quantised model can only be trained with adapters; set use_lora to true")
+        if self.base_precision == "fp8":
+            self._check_fp8()
         if self.streaming and self.max_steps is None:
             raise ValueError("streaming does not know how many rows there are; set max_steps")
         for name in ("max_samples", "precompute_reference"):
@@ -303,6 +323,15 @@ class BaseConfig(BaseModel):
                         f"{name} does not allow; set init_lora_weights to default or {name} to false"
                     )
         return self
+
+    def _check_fp8(self) -> None:
+        if not self.use_lora:
+            raise ValueError(
+                "base_precision fp8 is for frozen weights, which use_lora false has none of; set it to null"
+            )
+        for name in ("load_in_4bit", "load_in_8bit", "use_dora", "lora_bias", "deepspeed"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"base_precision fp8 does not go with {name}; unset one of them")
 
     @classmethod
     def _unknown_key(cls, name: str) -> ConfigurationError:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from arabic_qwen.data.bad_rows import count
 from arabic_qwen.data.packing import Completion, Group
+from arabic_qwen.data.places import Places
 
 _BY_RULE = "characters changed by "
 _SHOWN_LETTERS = 400  # of each stretch of the example that is shown
@@ -42,9 +43,10 @@ class GroupDataset(Sequence):
     rows_changed: int = 0  # by normalising
     changes: Counter[str] = dataclasses.field(default_factory=Counter)  # characters that it changed, by rule
     dialects: tuple[str, ...] = ()  # the groups' tags count through these, from 1
+    places: Places | None = None  # what the groups' rows mean
 
     @classmethod
-    def of(cls, examples: Iterable[Example]) -> GroupDataset:
+    def of(cls, examples: Iterable[Example], places: Places) -> GroupDataset:
         used = [example for example in examples if example.groups]
         changes: Counter[str] = Counter()
         for example in used:
@@ -57,6 +59,7 @@ class GroupDataset(Sequence):
             prompts_trimmed=sum(example.prompts_trimmed for example in used),
             rows_changed=sum(bool(example.changes) for example in used),
             changes=changes,
+            places=places,
         )
 
     def __len__(self) -> int:

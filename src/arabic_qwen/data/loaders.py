@@ -25,6 +25,7 @@ from arabic_qwen.data.conversations import Message, to_conversation
 from arabic_qwen.data.dataset import Example, GroupDataset, repeat, show_group
 from arabic_qwen.data.normalization import Normalizer
 from arabic_qwen.data.packing import Completion, Group
+from arabic_qwen.data.places import Places
 from arabic_qwen.data.preferences import Preference, to_contrast, to_feedback, to_measured_pair, to_pair
 from arabic_qwen.data.readers import Row, Rows
 from arabic_qwen.data.sources import data_seed, identity, read_rows
@@ -65,6 +66,7 @@ class DataLoader:
         self.max_tokens: int = getattr(config, self._length_key)
         self.bad_rows = BadRows()  # those that load() left out
         self.check_columns = True
+        self._places = Places()
         self._normalizer = Normalizer(config)
         self._reported = False
 
@@ -111,7 +113,7 @@ class DataLoader:
             if not len(splits["train"]):
                 raise DatasetError(f"{describe(config.dataset_path)}: no rows are left to train on")
             self._report("train", splits["train"])
-        if len(held_out := GroupDataset.of(validation)):
+        if len(held_out := GroupDataset.of(validation, self._places)):
             self._finish(held_out)
             splits["validation"] = held_out
             self._report("validation", held_out)
@@ -121,7 +123,7 @@ class DataLoader:
 
     def _train_set(self, examples: list[Example]) -> GroupDataset:
         weights = [source.weight for source in data_sources(self.config.dataset_path)]
-        dataset = GroupDataset.of(repeat(examples, weights, data_seed(self.config)))
+        dataset = GroupDataset.of(repeat(examples, weights, data_seed(self.config)), self._places)
         if len(dataset):
             self._finish(dataset)
         return dataset
@@ -187,7 +189,7 @@ class DataLoader:
             row if isinstance(row, (Row, BadRow)) else Row(f"row {i}", dict(row)) for i, row in enumerate(given)
         )
         bad_rows = BadRows()
-        dataset = GroupDataset.of(list(self._examples(self._normalizer.rows(numbered), bad_rows)))
+        dataset = GroupDataset.of(list(self._examples(self._normalizer.rows(numbered), bad_rows)), self._places)
         bad_rows.check()
         self._finish(dataset)
         return dataset
@@ -215,7 +217,8 @@ class DataLoader:
         pieces = [completion for _, drafts in drafted for draft in drafts for completion in draft.completions]
         encoded = iter(encode_pieces(self.tokenizer, pieces))
         for (row, drafts), example in zip(drafted, examples, strict=True):
-            groups = [_join(draft, [next(encoded) for _ in draft.completions]) for draft in drafts]
+            place = self._places.encode(row.where)
+            groups = [_join(draft, [next(encoded) for _ in draft.completions], place) for draft in drafts]
             try:
                 for group in groups:
                     self._fit(group, example)
@@ -255,9 +258,10 @@ def _bad_row(row: Row | BadRow, error: ValueError) -> BadRow:
     return BadRow(row.where, f"{error}{' (once normalised)' if row.changes else ''}", row.given or row.values)
 
 
-def _join(draft: Draft, parts: list[Group]) -> Group:
+def _join(draft: Draft, parts: list[Group], row: int) -> Group:
     """The draft's completions, which were encoded each with the same prompt, as one group."""
-    return Group(parts[0].prompt, tuple(part.completions[0] for part in parts), draft.label, lengths=draft.lengths)
+    completions = tuple(part.completions[0] for part in parts)
+    return Group(parts[0].prompt, completions, draft.label, lengths=draft.lengths, row=row)
 
 
 class SFTDataLoader(DataLoader):

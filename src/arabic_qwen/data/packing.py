@@ -27,6 +27,7 @@ class Group(NamedTuple):
         reference: the reference's log-probability of each completion (and of `mismatched`), where it is precomputed.
         lengths: of each completion, as the data gives them, in any unit; for reports only.
         tag: 0, or which part of the set it is measured with too.
+        row: where it comes from (:class:`~arabic_qwen.data.places.Places`); below 0: not known.
     """
 
     prompt: np.ndarray
@@ -36,11 +37,17 @@ class Group(NamedTuple):
     reference: tuple[float, ...] | None = None
     lengths: tuple[float, ...] | None = None
     tag: int = 0
+    row: int = -1
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the group takes in the stream: the prompt counts once."""
         return len(self.prompt) + sum(len(completion.ids) for completion in self.completions)
+
+    @property
+    def num_budgeted(self) -> int:
+        """Tokens that count against a token budget: `mismatched` too."""
+        return self.num_tokens + (len(self.mismatched.ids) if self.mismatched else 0)
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -84,6 +91,8 @@ class PackedBatch:
     key_lengths: list[int]  # S lengths that add up to M
     cu_seqlens_q: torch.Tensor  # [S + 1] int32, cumulative query_lengths
     cu_seqlens_k: torch.Tensor  # [S + 1] int32, cumulative key_lengths
+    max_query: int  # at least the longest of query_lengths
+    max_key: int  # at least the longest of key_lengths
     kv_index: torch.Tensor | None  # [M] int64: stream position of each key; None where keys are the stream itself
     target_index: torch.Tensor  # [T] int64: stream position whose hidden state predicts the target
     target_ids: torch.Tensor  # [T] int64
@@ -162,6 +171,8 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
         key_lengths=key_lengths,
         cu_seqlens_q=cumulative(query_lengths),
         cu_seqlens_k=cumulative(key_lengths),
+        max_query=_rounded_up(max(query_lengths)),
+        max_key=_rounded_up(max(key_lengths)),
         kv_index=long(kv_index) if query_lengths != key_lengths else None,
         target_index=long(target_index),
         target_ids=long(target_ids),
@@ -175,6 +186,11 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
         tags=torch.tensor([group.tag for group in groups]),
         reference=_reference(groups),
     )
+
+
+def _rounded_up(length: int) -> int:
+    """To a multiple of 256: compiled layers see few different numbers, and flash attention needs no exact one."""
+    return -(-length // 256) * 256
 
 
 def _reference(groups: Sequence[Group]) -> torch.Tensor | None:
@@ -195,5 +211,5 @@ def with_mismatched(group: Group, own: bool) -> Group:
 
 def micro_batches(groups: Sequence[Group], token_budget: int) -> list[list[Group]]:
     """Cut groups into few batches of at most `token_budget` tokens, `mismatched` too; a longer group stands alone."""
-    lengths = [group.num_tokens + (len(group.mismatched.ids) if group.mismatched else 0) for group in groups]
+    lengths = [group.num_budgeted for group in groups]
     return [[groups[i] for i in sorted(members)] for members in best_fit_decreasing(lengths, token_budget)]

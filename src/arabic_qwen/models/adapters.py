@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, set_seed
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.models.fp8 import convert_to_fp8
 
 # PEFT's business, not the user's.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -30,7 +32,8 @@ def add_lora(model: PreTrainedModel, config: BaseConfig) -> PeftModel:
     switched off is not exactly what it is with new ones, `initial_adapter` of the result keeps the new ones' weights.
 
     Raises:
-        ConfigurationError: `lora_target_modules` names no linear layer of this model.
+        ConfigurationError: `lora_target_modules` names no linear layer of this model, or `base_precision` is fp8 and a
+            layer's size does not suit it.
     """
     targets = config.lora_target_modules
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not n.endswith("lm_head")]
@@ -55,10 +58,12 @@ def add_lora(model: PreTrainedModel, config: BaseConfig) -> PeftModel:
         trainable_token_indices=_new_rows(model),
     )
     set_seed(_DECOMPOSITION_SEED if takes_from_base(lora) else config.seed)
-    adapted: Any = _saving_its_own(get_peft_model(model, lora))
+    adapted: Any = _adjusted(get_peft_model(model, lora))
     set_seed(config.seed)
     if takes_from_base(lora) or lora.use_dora:  # DoRA's norms round in half precision
         adapted.initial_adapter = {name: weight.clone() for name, weight in _weights(adapted).items()}
+    if config.base_precision == "fp8":
+        convert_to_fp8(adapted, trainable=True)
     return adapted
 
 
@@ -101,14 +106,25 @@ def load_adapter(model: PreTrainedModel, path: str, *, trainable: bool = False) 
     grow_embedding(model, 1 + max((index for indices in rows.values() for index in indices), default=-1))
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         torch.manual_seed(_DECOMPOSITION_SEED)  # of a checkpoint with PiSSA: PEFT changes the base again
-        return _saving_its_own(PeftModel.from_pretrained(model, path, is_trainable=trainable))
+        return _adjusted(PeftModel.from_pretrained(model, path, is_trainable=trainable))
 
 
-def _saving_its_own(model: PeftModel) -> PeftModel:
-    """Checkpoints hold the policy's adapter: not a reference's, not the embedding; and no hub is asked."""
+def _adjusted(model: PeftModel) -> PeftModel:
+    """Checkpoints hold the policy's adapter: not a reference's, not the embedding; and no hub is asked.
+
+    Adapters under autocast take their input as it is: PEFT would make a float32 copy for each, and autocast one in half
+    precision of that, which the backward pass keeps.
+    """
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and not layer.lora_variant:  # DoRA's norms need float32
+            layer._cast_input_dtype = _cast_outside_autocast  # type: ignore[method-assign, assignment]
     own = functools.partial(model.save_pretrained, selected_adapters=["default"], save_embedding_layers=False)
     model.save_pretrained = own  # type: ignore[method-assign]
     return model
+
+
+def _cast_outside_autocast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
 
 @torch.no_grad()

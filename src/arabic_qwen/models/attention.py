@@ -27,7 +27,7 @@ def packed_attention_forward(
     value: torch.Tensor,  # [1, key heads, N, head_dim]
     attention_mask: torch.Tensor | None,
     packed: PackedBatch | None = None,
-    use_flash: bool = True,
+    use_flash: bool = False,
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
@@ -38,17 +38,14 @@ def packed_attention_forward(
     query, key, value = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
     if packed.kv_index is not None:
         key, value = key.index_select(0, packed.kv_index), value.index_select(0, packed.kv_index)
-    attend = _varlen if use_flash and _flash_runs(query) else _segments
+    attend = _varlen if use_flash else _segments
     return attend(query, key, value, packed, scaling).unsqueeze(0), None
 
 
-def _flash_runs(query: torch.Tensor) -> bool:
+def flash_runs(device: torch.device, dtype: torch.dtype) -> bool:
     """Flash attention needs half precision and an Ampere or newer GPU."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
+    half = dtype in (torch.bfloat16, torch.float16)
+    return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _varlen(query, key, value, packed: PackedBatch, scaling: float | None) -> Any:
@@ -59,8 +56,8 @@ def _varlen(query, key, value, packed: PackedBatch, scaling: float | None) -> An
         value,
         packed.cu_seqlens_q,
         packed.cu_seqlens_k,
-        max(packed.query_lengths),
-        max(packed.key_lengths),
+        packed.max_query,
+        packed.max_key,
         scale=scaling,
         window_size=(-1, 0),
         **_GQA,

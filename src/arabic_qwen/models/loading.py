@@ -21,7 +21,8 @@ from transformers.utils import cached_file
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ModelLoadError
 from arabic_qwen.models.adapters import load_adapter, save_adapter
-from arabic_qwen.models.precision import compute_dtype, device, keep_quantized_layout, quantization
+from arabic_qwen.models.fp8 import convert_to_fp8
+from arabic_qwen.models.precision import check_fp8, compute_dtype, device, keep_quantized_layout, quantization
 from arabic_qwen.models.safety import read_json, refuse_pickle
 from arabic_qwen.models.scoring import enable_packed_forward
 from arabic_qwen.models.sources import is_adapter, load_error, locate_model, resolve_model_name
@@ -69,7 +70,8 @@ def load_model(name: str, config: BaseConfig, *, trainable: bool) -> PreTrainedM
     """Load a model, or an adapter on its base model, ready for packed and ordinary forward passes.
 
     Frozen weights are loaded in the computation's precision. Weights that will be trained are float32 masters:
-    in bfloat16, small updates would round to nothing.
+    in bfloat16, small updates would round to nothing. With `base_precision` fp8 the layers under adapters are converted;
+    a model without any is, when it gets them (:func:`arabic_qwen.models.adapters.add_lora`).
 
     Args:
         name: hub id, folder of a model or of an adapter, or the embedded model's name.
@@ -83,6 +85,7 @@ def load_model(name: str, config: BaseConfig, *, trainable: bool) -> PreTrainedM
     full = trainable and not config.use_lora
     dtype = torch.float32 if full else compute_dtype(config)
     quantized = quantization(config)
+    check_fp8(config)
     path = locate_model(name)
     if not is_adapter(path):
         return _load_weights(name, path, dtype, config, quantized)
@@ -92,8 +95,11 @@ def load_model(name: str, config: BaseConfig, *, trainable: bool) -> PreTrainedM
         adapted = load_adapter(model, path, trainable=trainable and config.use_lora)
     except Exception as error:
         raise load_error(name, "adapter", error) from error
-    # PEFT has frozen the base model.
-    return adapted.merge_and_unload().requires_grad_(True) if full else adapted
+    if full:
+        return adapted.merge_and_unload().requires_grad_(True)  # PEFT has frozen the base model
+    if config.base_precision == "fp8":
+        convert_to_fp8(adapted, trainable)
+    return adapted
 
 
 def _load_weights(name: str, path: str, dtype: torch.dtype, config: BaseConfig, quantized: Any) -> PreTrainedModel:

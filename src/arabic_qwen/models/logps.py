@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 
-def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The precision in which a product with `weight` is computed."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def token_logps(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, compiled: bool = False
+) -> torch.Tensor:
     """Log-probability of each target under the language-model head.
 
     Equal to `torch.log_softmax((hidden @ weight.T).float(), -1).gather(-1, targets[:, None])[:, 0]`, computed in
@@ -15,20 +26,51 @@ def token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
         hidden: [T, H] hidden states that predict the targets.
         weight: [V, H] weight of the head.
         targets: [T] token ids.
+        compiled: use torch.compile for the softmax, so that logits are read once and never held in float32.
 
     Returns:
         [T] float32, differentiable with respect to `hidden` and `weight`.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    with torch.autocast(device, enabled=False):
-        return _TokenLogps.apply(hidden.to(dtype), weight.to(dtype), targets)
+    dtype = matmul_dtype(weight)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _TokenLogps.apply(hidden.to(dtype), weight.to(dtype), targets, compiled)
 
 
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> range:
     """Start rows of chunks whose float32 logits take about half a gigabyte on an accelerator, 64 MiB on a processor."""
     elements = 2**24 if hidden.device.type == "cpu" else 2**27
     return range(0, len(hidden), max(1, elements // len(weight)))
+
+
+def _difference(logits: torch.Tensor, lse: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """softmax − onehot, in the place of the float32 logits; subtracted in float32, for confident tokens it is small."""
+    softmax = logits.sub_(lse[:, None]).exp_()
+    softmax.scatter_add_(-1, targets[:, None], softmax.new_full((len(softmax), 1), -1.0))
+    return softmax.to(dtype)
+
+
+def _eager(logits: torch.Tensor, targets: torch.Tensor, with_difference: bool) -> tuple:
+    """[rows] log-probabilities and log-sum-exps, and softmax − onehot [rows, V] or None, of [rows, V] logits."""
+    dtype, logits = logits.dtype, logits.float()
+    lse = logits.logsumexp(-1)
+    logps = logits.gather(-1, targets[:, None])[:, 0] - lse
+    return logps, lse, _difference(logits, lse, targets, dtype) if with_difference else None
+
+
+def _fused(logits: torch.Tensor, targets: torch.Tensor, with_difference: bool) -> tuple:
+    """As :func:`_eager`, written for torch.compile: one pass over the logits and one that writes the difference."""
+    values = logits.float()
+    lse = values.logsumexp(-1)
+    logps = values.gather(-1, targets[:, None])[:, 0] - lse
+    if not with_difference:
+        return logps, lse, None
+    onehot = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    return logps, lse, ((values - lse[:, None]).exp() - onehot.float()).to(logits.dtype)
+
+
+@functools.cache
+def _compiled() -> Callable:
+    return torch.compile(_fused, dynamic=True)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -39,21 +81,17 @@ class _TokenLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets):
+    def forward(ctx, hidden, weight, targets, compiled):
         rows = _chunks(hidden, weight)
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
         lse = torch.empty_like(logps)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        scores = _compiled() if compiled else _eager
         for start in rows:
             chunk = slice(start, start + rows.step)
-            logits = (hidden[chunk] @ weight.T).float()
-            lse[chunk] = logits.logsumexp(-1)
-            logps[chunk] = logits.gather(-1, targets[chunk, None])[:, 0] - lse[chunk]
+            logps[chunk], lse[chunk], difference = scores(hidden[chunk] @ weight.T, targets[chunk], slope is not None)
             if slope is not None:
-                # The one-hot is subtracted in float32: for confident tokens the difference is small.
-                softmax = logits.sub_(lse[chunk, None]).exp_()
-                softmax.scatter_add_(-1, targets[chunk, None], softmax.new_full((len(softmax), 1), -1.0))
-                slope[chunk] = -(softmax.to(weight.dtype) @ weight)
+                torch.mm(difference, weight, out=slope[chunk])
         weight_trained = ctx.needs_input_grad[1]
         ctx.save_for_backward(slope, *((hidden, weight, targets, lse) if weight_trained else ()))
         return logps
@@ -61,7 +99,7 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # grad: [T]
         slope, *for_weight = ctx.saved_tensors
-        grad_hidden = grad.to(slope.dtype)[:, None] * slope if slope is not None else None
+        grad_hidden = -grad.to(slope.dtype)[:, None] * slope if slope is not None else None
         grad_weight = None
         if for_weight:
             hidden, weight, targets, lse = for_weight
@@ -69,9 +107,7 @@ class _TokenLogps(torch.autograd.Function):
             rows = _chunks(hidden, weight)
             for start in rows:
                 chunk = slice(start, start + rows.step)
-                logits = (hidden[chunk] @ weight.T).float()
-                softmax = logits.sub_(lse[chunk, None]).exp_()
-                softmax.scatter_add_(-1, targets[chunk, None], softmax.new_full((len(softmax), 1), -1.0))
-                grad_weight -= softmax.to(weight.dtype).T @ (grad[chunk, None] * hidden[chunk]).to(weight.dtype)
+                difference = _difference((hidden[chunk] @ weight.T).float(), lse[chunk], targets[chunk], weight.dtype)
+                grad_weight -= difference.T @ (grad[chunk, None] * hidden[chunk]).to(weight.dtype)
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None

@@ -17,7 +17,7 @@ from arabic_qwen.errors import ConfigurationError
 
 #: Settings that belong together.
 PRECISION = ("torch_dtype", "bf16", "fp16")
-QUANTIZATION = ("load_in_4bit", "load_in_8bit")
+QUANTIZATION = ("load_in_4bit", "load_in_8bit", "base_precision")
 
 _BITSANDBYTES = "0.49"  # as in the extra `quantization`
 
@@ -98,12 +98,7 @@ def quantization(config: BaseConfig) -> BitsAndBytesConfig | None:
     elif config.load_in_8bit:
         # its int8 layers round activations in evaluation but not in training
         raise ConfigurationError("load_in_8bit: needs a CUDA device; set load_in_4bit instead, or neither")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigurationError(f"{key}: needs bitsandbytes; pip install 'arabic-qwen[quantization]'")
-    if Version(version("bitsandbytes")) < Version(_BITSANDBYTES):
-        raise ConfigurationError(
-            f"{key}: bitsandbytes {version('bitsandbytes')} is too old; pip install -U 'bitsandbytes>={_BITSANDBYTES}'"
-        )
+    check_bitsandbytes(key)
     for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
         logging.getLogger(name).setLevel(logging.ERROR)  # an optional kernel that is missing; a cast in each layer
     if config.load_in_8bit:
@@ -116,6 +111,36 @@ def quantization(config: BaseConfig) -> BitsAndBytesConfig | None:
     )
 
 
+def check_bitsandbytes(setting: str) -> None:
+    """Raise ConfigurationError where bitsandbytes, which `setting` needs, is missing or too old."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigurationError(f"{setting}: needs bitsandbytes; pip install 'arabic-qwen[quantization]'")
+    if Version(version("bitsandbytes")) < Version(_BITSANDBYTES):
+        raise ConfigurationError(
+            f"{setting}: bitsandbytes {version('bitsandbytes')} is too old; "
+            f"pip install -U 'bitsandbytes>={_BITSANDBYTES}'"
+        )
+
+
+def check_fp8(config: BaseConfig) -> None:
+    """Raise ConfigurationError where `base_precision` is fp8 and this machine or `torch_dtype` does not allow it."""
+    if config.base_precision != "fp8":
+        return
+    if not torch.cuda.is_available():
+        raise ConfigurationError("base_precision: fp8 needs a CUDA device; set it to null")
+    found = torch.cuda.get_device_capability()
+    if found < (8, 9):  # as torch._scaled_mm
+        raise ConfigurationError(
+            "base_precision: fp8 needs a GPU of compute capability 8.9 or newer (Ada, Hopper), "
+            f"this one has {found[0]}.{found[1]}; set it to null"
+        )
+    if compute_dtype(config) is not torch.bfloat16:
+        raise ConfigurationError(
+            "base_precision: fp8 layers give bfloat16; set torch_dtype to bfloat16 and fp16 to false, "
+            "or base_precision to null"
+        )
+
+
 def restorable(saved: BaseConfig, quantized: bool) -> tuple[dict[str, Any], str]:
     """The precision and quantisation of an earlier run, as far as this machine offers them.
 
@@ -126,7 +151,7 @@ def restorable(saved: BaseConfig, quantized: bool) -> tuple[dict[str, Any], str]
     Returns:
         The settings by name, and why they are not the run's own, or "".
     """
-    plain = dict.fromkeys(QUANTIZATION, False)
+    plain = {name: type(saved).model_fields[name].default for name in QUANTIZATION}
     values = {name: getattr(saved, name) for name in (*PRECISION, *QUANTIZATION)} | ({} if quantized else plain)
     problem = ""
     for attempt in (values, values | plain):
@@ -134,6 +159,7 @@ def restorable(saved: BaseConfig, quantized: bool) -> tuple[dict[str, Any], str]
         try:
             compute_dtype(config)
             quantization(config)
+            check_fp8(config)
             return attempt, problem
         except ConfigurationError as error:
             problem = problem or str(error)
@@ -146,10 +172,12 @@ def inherit(config: Any, given: set[str], saved: BaseConfig, quantized: bool) ->
     Returns:
         Why this machine computes otherwise, or "".
     """
+    if not given.isdisjoint(PRECISION):
+        saved = saved.model_copy(update={name: getattr(config, name) for name in PRECISION})
     values, problem = restorable(saved, quantized)
     for names in (PRECISION, QUANTIZATION):
         if given.isdisjoint(names):
-            for name in sorted(names, key=lambda name: values[name] is True):  # not both quantisations at once
+            for name in sorted(names, key=lambda name: bool(values[name])):  # not two quantisations at once
                 setattr(config, name, values[name])
                 given.discard(name)  # pydantic added it: still not the user's own
     return problem

@@ -25,6 +25,7 @@ from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.files import write_atomically, writing
 from arabic_qwen.models.adapters import grow_embedding, takes_from_base
 from arabic_qwen.models.loading import load_model, load_tokenizer
+from arabic_qwen.models.memory_limit import within_memory
 from arabic_qwen.models.scoring import score_completions
 from arabic_qwen.models.sources import is_adapter
 
@@ -218,7 +219,12 @@ def _compute(groups: Sequence[Group], frozen: Any, token_budget: int) -> list[li
     for start in track(starts, "Reference", disable=not sys.stderr.isatty(), transient=True):
         some = groups[start : start + chunk]
         pairs = [(group.prompt.tolist(), [c.ids.tolist() for c in _scored(group)]) for group in some]
-        for group, scores in zip(some, score_completions(frozen, pairs, token_budget=token_budget), strict=True):
+
+        def score(budget: int, pairs: Any = pairs) -> list[list[torch.Tensor]]:
+            return score_completions(frozen, pairs, token_budget=budget)
+
+        found, token_budget = within_memory(score, token_budget, some)
+        for group, scores in zip(some, found, strict=True):
             targets = [torch.from_numpy(completion.targets) for completion in _scored(group)]
             sums.append([logps.cpu()[mask].sum().item() for logps, mask in zip(scores, targets, strict=True)])
     return sums

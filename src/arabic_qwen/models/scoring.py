@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from arabic_qwen.data.packing import Completion, Group, PackedBatch, best_fit_decreasing, pack
 from arabic_qwen.errors import ModelLoadError
-from arabic_qwen.models.attention import PACKED_ATTENTION
-from arabic_qwen.models.logps import token_logps
+from arabic_qwen.models.attention import PACKED_ATTENTION, flash_runs
+from arabic_qwen.models.logps import matmul_dtype, token_logps
 
 
 def enable_packed_forward(model: PreTrainedModel, use_flash: bool = True) -> None:
@@ -36,15 +36,17 @@ def enable_packed_forward(model: PreTrainedModel, use_flash: bool = True) -> Non
     def forward(self, *args, packed: PackedBatch | None = None, **kwargs):
         if packed is None:
             return ordinary(self, *args, **kwargs)
+        head = self.get_output_embeddings().weight
         hidden = self.get_decoder()(
             input_ids=packed.input_ids[None],
             position_ids=packed.position_ids[None],
             attention_mask={"full_attention": None},
             use_cache=False,
             packed=packed,
-            use_flash=use_flash,
+            use_flash=use_flash and flash_runs(head.device, matmul_dtype(head)),
         ).last_hidden_state[0]
-        return token_logps(hidden[packed.target_index], self.get_output_embeddings().weight, packed.target_ids)
+        compiled = getattr(self, "compiled", False)
+        return token_logps(hidden[packed.target_index], head, packed.target_ids, compiled)
 
     # Trainer, PEFT and generate() read the arguments' names. Not functools.wraps: accelerate unwraps those.
     setattr(forward, "__signature__", inspect.signature(ordinary))  # noqa: B010

@@ -93,6 +93,23 @@ def locate_model(name: str) -> str:
     return path
 
 
+def locate_configuration(name: str) -> str:
+    """The folder or hub id whose config.json describes the model, or an adapter's base model; weights may be missing.
+
+    Raises:
+        ModelLoadError: there is none, or it is of a model that cannot be trained.
+    """
+    path = resolve_model_name(name)
+    if is_adapter(path):
+        base = read_json(Path(path, "adapter_config.json")).get("base_model_name_or_path")
+        return locate_configuration(str(base))
+    if not (Path(path) / "config.json").is_file():
+        return locate_model(name)
+    check_files(name, path, ["config.json"])
+    _check_config(name, path, None)
+    return path
+
+
 def locate_on_hub(name: str) -> str:
     """The hub id, or the folder of an earlier download where the hub cannot be asked.
 

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainingArguments
@@ -15,9 +15,10 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from arabic_qwen.config import BaseConfig
+from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.data.sources import data_seed
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.models.precision import compute_dtype
+from arabic_qwen.models.precision import check_bitsandbytes, compute_dtype
 from arabic_qwen.redaction import redact
 
 # transformers is renaming its argument.
@@ -27,6 +28,8 @@ _CHECKPOINTING = next(
     if name in {field.name for field in dataclasses.fields(TrainingArguments)}
 )
 
+
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit"}
 
 _REPORTING_EXTRAS = ("mlflow", "tensorboard", "wandb")
 
@@ -69,6 +72,10 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
     """
     _check_packages(config)
     dtype = compute_dtype(config)
+    checkpointing: dict[str, Any] = {
+        _CHECKPOINTING: _recomputes(config),
+        f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False},
+    }
     try:
         return TrainingArguments(
             output_dir=config.resolved_output_dir,
@@ -78,6 +85,7 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
             per_device_train_batch_size=config.per_device_train_batch_size,
             per_device_eval_batch_size=config.per_device_eval_batch_size,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
+            optim=_OPTIMIZERS[config.optim],
             lr_scheduler_type=config.lr_scheduler_type,
             warmup_steps=config.warmup_ratio,  # below 1 it is a ratio
             weight_decay=config.weight_decay,
@@ -99,7 +107,7 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
             bf16=dtype is torch.bfloat16,
             fp16=dtype is torch.float16,
             use_cpu=not torch.cuda.is_available(),
-            **{_CHECKPOINTING: config.gradient_checkpointing, f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False}},
+            **checkpointing,
             dataloader_num_workers=config.dataloader_num_workers,
             dataloader_pin_memory=config.dataloader_pin_memory,
             train_sampling_strategy="group_by_length" if config.group_by_length else "random",
@@ -117,7 +125,28 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
         raise ConfigurationError(f"transformers refuses the configuration: {error}") from error
 
 
+def planned_tokens(config: BaseConfig, train: Any) -> float:
+    """About how many tokens training runs over; inf for a stream, which is for data larger than memory."""
+    if not isinstance(train, GroupDataset):
+        return math.inf
+    lengths = train.lengths
+    if config.max_steps is None:
+        return sum(lengths) * config.num_train_epochs
+    sequences = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    packed = config.max_seq_length if getattr(config, "packing", False) else 0
+    return sequences * max(packed, sum(lengths) / len(lengths))
+
+
+def _recomputes(config: BaseConfig) -> bool:
+    """Whether all layers recompute; where that is chosen, before it is."""
+    return torch.cuda.is_available() if config.gradient_checkpointing == "auto" else config.gradient_checkpointing
+
+
 def _check_packages(config: BaseConfig) -> None:
+    if config.optim == "adamw_8bit":
+        if not torch.cuda.is_available():
+            raise ConfigurationError("optim: adamw_8bit needs a CUDA device; set it to adamw")
+        check_bitsandbytes("optim")
     if config.deepspeed:
         if not Path(config.deepspeed).is_file():
             raise ConfigurationError(f"deepspeed: {config.deepspeed} does not exist; give a DeepSpeed JSON file")

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import MLflowCallback
@@ -22,13 +21,14 @@ from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.data.templates import set_template, stop_token_ids
 from arabic_qwen.errors import ConfigurationError, DatasetError, TrainingError
 from arabic_qwen.files import staged
-from arabic_qwen.models import adapters, loading, precision, sources
+from arabic_qwen.models import adapters, compilation, loading, precision, sources
 from arabic_qwen.models.reference import precompute, reference_policy
 from arabic_qwen.training import checkpoints
-from arabic_qwen.training.arguments import Schedule, resolve_schedule, training_arguments
+from arabic_qwen.training.arguments import Schedule, planned_tokens, resolve_schedule, training_arguments
 from arabic_qwen.training.callbacks import run_callbacks
 from arabic_qwen.training.dialects import tag_dialects
 from arabic_qwen.training.engine import PackedTrainer
+from arabic_qwen.training.fitting import default_budget
 from arabic_qwen.training.generation import GenerationMixin
 from arabic_qwen.training.objectives import METHODS
 from arabic_qwen.training.report import model_card
@@ -330,7 +330,6 @@ class BaseTrainer(GenerationMixin):
             raise ConfigurationError(
                 f"metric_for_best_model: {config.metric_for_best_model!r} is not measured; choose from {', '.join(known)}"
             )
-        token_budget = config.token_budget or (8192 if torch.cuda.is_available() else 2048)
         reference = None
         if objective.needs_reference:
             reference = reference_policy(self.model, self._start, config, self.tokenizer)
@@ -338,14 +337,22 @@ class BaseTrainer(GenerationMixin):
                 cache = Path(config.resolved_output_dir)
                 with precision.autocast(config):
                     known_splits = precompute(
-                        [split.groups for split in dataset.values()], self.model, reference, cache, token_budget
+                        [split.groups for split in dataset.values()],
+                        self.model,
+                        reference,
+                        cache,
+                        config.token_budget or default_budget(),
                     )
                 for split, groups in zip(dataset.values(), known_splits, strict=True):
                     split.groups = groups
+        if compilation.worthwhile(config, self.model, planned_tokens(config, dataset["train"])):
+            compilation.compile_packed(self.model)
         return PackedTrainer(
             objective=objective,
             reference=reference,
-            token_budget=token_budget,
+            token_budget=config.token_budget,
+            loss_spikes=config.loss_spikes,
+            fits_recompute=config.gradient_checkpointing == "auto",
             sequence_capacity=config.max_seq_length if getattr(config, "packing", False) else None,
             model=self.model,
             args=training_args,

@@ -47,12 +47,13 @@ _HARMLESS = {
     "dialect_model",
     "token_budget",
     "gradient_checkpointing",
+    "torch_compile",
     "save_total_limit",
     "dataloader_num_workers",
     "dataloader_pin_memory",
 }
 
-# Say what the checkpoint's weights are; may not even differ where the user says so.
+# Say what the checkpoint's weights and optimizer state are; may not even differ where the user says so.
 _OF_THE_WEIGHTS = {
     "model_name",
     "use_lora",
@@ -63,6 +64,7 @@ _OF_THE_WEIGHTS = {
     "init_lora_weights",
     "load_in_4bit",
     "load_in_8bit",
+    "optim",
 }
 
 _PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")  # of checkpoints of other programs

@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -20,60 +20,23 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import EvalLoopOutput
 
 from arabic_qwen.data.dataset import GroupDataset
-from arabic_qwen.data.packing import Group, PackedBatch, micro_batches, pack, with_mismatched
+from arabic_qwen.data.packing import PackedBatch
+from arabic_qwen.data.places import Places, name_rows
 from arabic_qwen.data.stream import GroupStream
-from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.errors import ConfigurationError, TrainingError
 from arabic_qwen.losses.kto import kto_kl
+from arabic_qwen.models.memory_limit import within_memory
 from arabic_qwen.models.reference import Reference
+from arabic_qwen.training import fitting
+from arabic_qwen.training.guards import GuardedTrainer
 from arabic_qwen.training.objectives import Objective, Scores, Sums, join_scores
-from arabic_qwen.training.resumable import ResumableTrainer
 from arabic_qwen.training.sampler import Sequences, StepSampler
 from arabic_qwen.training.samples import Samples
+from arabic_qwen.training.steps import Collate, Step
 
 _BY_DIALECT = ("loss", "rewards/accuracies")
 
-
-@dataclasses.dataclass
-class Step:
-    """One rank's share of an optimizer step, or of an evaluation set."""
-
-    batches: list[PackedBatch]
-    mismatched: list[PackedBatch]  # for KTO: the prompts of each batch with completions of others
-    shared: list[PackedBatch]  # for KTO: the prompts of each batch with both completions, for the reference
-    groups: int
-    chosen_tokens: int  # targets of the groups' first completions
-    num_tokens: int  # in the streams
-    place: dict[str, Any] | None = None  # how far the data is used after this step, when it is streamed
-
-    def pin_memory(self) -> Step:
-        def pinned(batches: list[PackedBatch]) -> list[PackedBatch]:
-            return [batch.pin_memory() for batch in batches]
-
-        return dataclasses.replace(
-            self, batches=pinned(self.batches), mismatched=pinned(self.mismatched), shared=pinned(self.shared)
-        )
-
-
-@dataclasses.dataclass
-class _Collate:
-    """Packs sequences into a step; a class, for data workers that are not forked take nothing that cannot be pickled."""
-
-    token_budget: int
-    needs_kl: bool
-
-    def __call__(self, sequences: list[list[Group]]) -> Step:
-        groups = [group for sequence in sequences for group in sequence]
-        batches = micro_batches(groups, self.token_budget)
-        # All of a set have one, but where it has a single prompt.
-        kl_batches = batches if self.needs_kl and all(group.mismatched for group in groups) else []
-        return Step(
-            batches=[pack(batch) for batch in batches],
-            mismatched=[pack([with_mismatched(group, own=False) for group in batch]) for batch in kl_batches],
-            shared=[pack([with_mismatched(group, own=True) for group in batch]) for batch in kl_batches],
-            groups=len(groups),
-            chosen_tokens=sum(int(group.completions[0].targets.sum()) for group in groups),
-            num_tokens=sum(group.num_tokens for group in groups),
-        )
+T = TypeVar("T")
 
 
 class _StreamedSteps(IterableDataset[Step]):
@@ -89,13 +52,15 @@ def _completion_sums(batch: PackedBatch, logps: torch.Tensor) -> torch.Tensor:
     return logps.new_zeros(batch.num_completions).index_add(0, batch.target_completion, logps)
 
 
-class PackedTrainer(ResumableTrainer):
+class PackedTrainer(GuardedTrainer):
     """transformers.Trainer whose batches are packed and whose loss is an :class:`Objective`.
 
     Args:
         objective: the method's loss and metrics.
         reference: (model) -> context in which the reference model is called; for objectives that need one.
-        token_budget: tokens of a micro-batch.
+        token_budget: tokens of a micro-batch, halved where they do not fit into memory; None: what fits, on CUDA.
+        fits_recompute: whether as few layers recompute their activations as memory needs, on CUDA.
+        loss_spikes: as :class:`GuardedTrainer` says.
         sequence_capacity: tokens that a training sequence is filled up to with several examples; None: one example.
         kwargs: as for transformers.Trainer; datasets are sequences of :class:`Group`, or a :class:`GroupStream` to train
             on; the model has `enable_packed_forward`.
@@ -105,8 +70,10 @@ class PackedTrainer(ResumableTrainer):
         self,
         *,
         objective: Objective,
-        token_budget: int,
+        token_budget: int | None,
+        fits_recompute: bool = False,
         sequence_capacity: int | None = None,
+        loss_spikes: Literal["log", "skip"] = "log",
         reference: Reference | None = None,
         **kwargs,
     ):
@@ -119,7 +86,11 @@ class PackedTrainer(ResumableTrainer):
             ) from None
         self.objective: Objective = objective
         self.train_groups: Any = self.train_dataset
-        self.token_budget = token_budget
+        self._collate = Collate(token_budget or fitting.default_budget(), objective.needs_kl)
+        self.fits_budget, self.fits_recompute = token_budget is None, fits_recompute
+        self.recomputed: int | None = None  # layers, where that was chosen
+        self.backs_off = True  # where memory does not suffice
+        self.loss_spikes = loss_spikes
         self.sequence_capacity = sequence_capacity
         self.reference: Any = reference
         self.samples: Samples | None = None  # taken at each evaluation of eval_dataset
@@ -144,18 +115,30 @@ class PackedTrainer(ResumableTrainer):
         return self.eval_dataset is not None and self.is_world_process_zero() and not sharded
 
     @property
-    def _collate(self) -> _Collate:
-        return _Collate(self.token_budget, self.objective.needs_kl)
+    def token_budget(self) -> int:
+        return self._collate.token_budget
+
+    @token_budget.setter
+    def token_budget(self, tokens: int) -> None:
+        self._collate.token_budget = tokens  # of data workers that are running it is not; their steps are cut again
 
     def get_train_dataloader(self) -> DataLoader:
         if isinstance(self.train_groups, GroupStream):
             pinned = self.args.dataloader_pin_memory and torch.cuda.is_available()
             return DataLoader(_StreamedSteps(self._streamed_steps), batch_size=None, pin_memory=pinned)
         self._filler = self.train_groups[0]
+        self._places = getattr(self.train_groups, "places", None)
         sequences = Sequences(self.train_groups, self.sequence_capacity)
         # Trainer has set state.epoch when it starts an epoch, also in the middle of one after a resume.
         sampler = StepSampler(self.args, sequences.lengths, sequences.labels, epoch=lambda: int(self.state.epoch or 0))
         return self._loader(sequences, sampler)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, *args: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, *args)
+        fitting.fit(self)
+        if not isinstance(self.train_groups, GroupStream):  # which asks for the token budget as it goes
+            train_dataloader.collate_fn = self._collate
+        return prepared
 
     def _streamed_steps(self) -> Iterator[Step]:
         """This rank's share of each step, from where the data was left.
@@ -170,7 +153,7 @@ class PackedTrainer(ResumableTrainer):
             skipped = 0
 
     def _window_steps(self, place: dict[str, Any], window: GroupDataset, skipped: int) -> Iterator[Step]:
-        self._filler = window[0]
+        self._filler, self._places = window[0], window.places
         sequences = Sequences(window, self.sequence_capacity)
         number = place["pass"] * 1_000_003 + place["window"]
         sampler = StepSampler(self.args, sequences.lengths, sequences.labels, epoch=lambda: number)
@@ -193,6 +176,43 @@ class PackedTrainer(ResumableTrainer):
         if not inputs.groups and not self.accelerator.gradient_state.sync_gradients:
             return torch.zeros((), device=self.args.device)
         model.train()
+        random_state, sums = self._random_state(), dict(self._sums)
+
+        def again() -> None:
+            model.zero_grad()
+            self._set_random_state(random_state)
+            self._sums = dict(sums)
+
+        loss = self._within_memory(inputs, self._places, lambda step: self._forward_backward(model, step), again)
+        self._tokens_since_log += inputs.num_tokens
+        self._place = inputs.place or self._place
+        return loss
+
+    def _within_memory(
+        self, step: Step, places: Places | None, compute: Callable[[Step], T], again: Callable[[], None]
+    ) -> T:
+        """`compute` of the step, cut smaller where memory does not suffice; `again` is called before it is repeated."""
+
+        def attempt(token_budget: int) -> T:
+            if token_budget < self.token_budget:
+                if self.args.world_size > 1:  # the others wait for what this one does not come to
+                    raise TrainingError(
+                        f"out of memory on process {self.args.process_index}; set token_budget to {token_budget} (it is "
+                        f"{self.token_budget}) and run again: it goes on from the last checkpoint"
+                    )
+                self.token_budget = token_budget
+                again()
+            if step.groups and step.token_budget > token_budget:
+                return compute(dataclasses.replace(self._collate([step.groups]), place=step.place))
+            return compute(step)
+
+        if not self.backs_off:
+            return attempt(self.token_budget)
+        groups = step.groups or [self._filler]
+        return within_memory(attempt, self.token_budget, groups, lambda group: name_rows(places, [group.row]))[0]
+
+    def _forward_backward(self, model, inputs: Step) -> torch.Tensor:
+        """Gradients of the step; returns this rank's part of the loss × ranks."""
         num_groups, mean_length = self._totals(inputs)
         share = self.args.world_size if inputs.groups else 0  # DDP averages gradients over ranks
         step = inputs if inputs.groups else self._collate([[self._filler]])  # it joins the reduction without rows too
@@ -201,6 +221,7 @@ class PackedTrainer(ResumableTrainer):
         slopes = self._slopes(inputs.batches, mean_length) if self.objective.whole_step else None
         batches = step.batches
         loss_sum = torch.zeros((), device=self.args.device)
+        parts: list[torch.Tensor] = []
         for number, batch in enumerate(batches, 1):
             last = number == len(batches)
             self.accelerator.gradient_state._set_sync_gradients(last)
@@ -212,17 +233,18 @@ class PackedTrainer(ResumableTrainer):
                     loss_sum += loss.detach()
                 else:
                     loss = (scores.policy * next(slopes, 0.0)).sum() * share
+                parts += [scores.policy.detach().sum(), loss.detach()]
                 # DeepSpeed would divide by its own count of accumulation steps.
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
-        self._tokens_since_log += inputs.num_tokens
-        self._place = inputs.place or self._place
-        return self._whole_step_loss if slopes is not None else loss_sum
+        loss_sum = self._whole_step_loss if slopes is not None else loss_sum
+        self.observe(loss_sum, parts, step.rows)
+        return loss_sum
 
     def _totals(self, step: Step) -> tuple[torch.Tensor | int, torch.Tensor | float]:
         """Groups of the step and targets of its mean first completion, over all ranks."""
         if self.args.world_size == 1:
-            return step.groups, step.chosen_tokens / max(step.groups, 1)
-        counts = torch.tensor([step.groups, step.chosen_tokens], device=self.args.device, dtype=torch.float32)
+            return len(step.groups), step.chosen_tokens / max(len(step.groups), 1)
+        counts = torch.tensor([len(step.groups), step.chosen_tokens], device=self.args.device, dtype=torch.float32)
         groups, tokens = self.accelerator.reduce(counts, "sum")
         return groups, tokens / groups
 
@@ -302,14 +324,17 @@ class PackedTrainer(ResumableTrainer):
 
     def progress(self) -> dict[str, Any]:
         place = self._place and self._place | {"done": self.state.global_step}
-        return {"token_budget": self.token_budget, "place": place}
+        return {"token_budget": self.token_budget, "recomputed": self.recomputed, "place": place}
 
     def go_on(self, progress: dict[str, Any]) -> None:
         self._place = progress.get("place", {})
-        self.token_budget = min(self.token_budget, progress.get("token_budget", self.token_budget))
+        if "token_budget" in progress:
+            self.token_budget, self.fits_budget = min(self.token_budget, progress["token_budget"]), False
+        if self.fits_recompute and progress.get("recomputed") is not None:
+            self.recomputed, self.fits_recompute = progress["recomputed"], False
 
     def running(self) -> dict[str, Any]:
-        return super().running() | {"sums": self._sums}
+        return super().running() | {"sums": dict(self._sums)}
 
     def keep_running(self, sums: dict[str, Any]) -> None:
         super().keep_running(sums)
@@ -354,16 +379,22 @@ class PackedTrainer(ResumableTrainer):
         parts: list[Scores] = []
         dialects = getattr(sequences.groups, "dialects", ())
         log_ratios = torch.zeros(2, 1 + len(dialects), device=self.args.device)
-        for step in dataloader:
+
+        def measure(step: Step) -> tuple[torch.Tensor, list[Scores]]:
             self._add_reference(step)
-            log_ratios += self._log_ratios(step, len(dialects))
-            parts += [self._score(model, batch.to(self.args.device), 1.0) for batch in step.batches]
+            ratios = self._log_ratios(step, len(dialects))
+            return ratios, [self._score(model, batch.to(self.args.device), 1.0) for batch in step.batches]
+
+        for step in dataloader:
+            ratios, scores = self._within_memory(step, getattr(sequences.groups, "places", None), measure, lambda: None)
+            log_ratios += ratios
+            parts += scores
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)  # type: ignore[has-type]
-        scores, _ = self._gather(parts)
+        joined, _ = self._gather(parts)
         divergences = self._divergence(log_ratios)
-        metrics = self._measure(scores, divergences[0])
+        metrics = self._measure(joined, divergences[0])
         for tag, dialect in enumerate(dialects, 1):
-            part = self._measure(scores.tagged(tag), divergences[tag])
+            part = self._measure(joined.tagged(tag), divergences[tag])
             metrics |= {f"{name}/{dialect}": part[name] for name in _BY_DIALECT if name in part}
         if self.samples and sequences.groups is self.eval_dataset:
             with self.accelerator.autocast():

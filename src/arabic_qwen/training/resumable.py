@@ -175,7 +175,7 @@ class ResumableTrainer(Trainer):
         with writing(checkpoint, needed):
             if self.args.should_save:
                 shutil.rmtree(unfinished, ignore_errors=True)
-                check_space(checkpoint, needed)
+                check_space(checkpoint, needed, "output_dir, or a lower save_total_limit")
                 unfinished.mkdir()  # without parents: a folder that was removed or unmounted is not made again
             self.accelerator.wait_for_everyone()
             try:
@@ -303,12 +303,16 @@ class ResumableTrainer(Trainer):
             )
             return
         state = states[self.args.process_index]
+        self._set_random_state(state)
+        self.keep_running(state)
+
+    def _set_random_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `_random_state` gave."""
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
         if "cuda" in state and self.args.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.args.device)
-        self.keep_running(state)
 
 
 def _restrict_deepspeed() -> None:

@@ -1,0 +1,166 @@
+"""How much memory a training step takes, from a model's configuration alone: nothing is loaded, nothing is computed."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from arabic_qwen.config import BaseConfig
+from arabic_qwen.models.adapters import add_lora
+from arabic_qwen.models.recompute import decoder_layers
+
+#: Bytes a parameter of the frozen linear layers: NF4 in blocks of 64, whose scales take a byte, and a float32 for 256 of
+#: these; int8; two byte copies, one of them transposed for the gradient.
+_QUANTIZED = {"load_in_4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "load_in_8bit": 1.0, "fp8": 2.0}
+#: Of what a layer keeps when each operation runs by itself, what it keeps when compiled: 56 of 73 GB at the peak of 8,192
+#: tokens of the 7B shape on an H100, less what is there in either case.
+COMPILED_SHARE = 0.69
+_HEAD_ELEMENTS = 2**27  # of a chunk of logits (models/logps.py)
+_HEAD_BYTES = 8  # an element: float32 logits, and their exponentials
+
+
+class ModelShape(NamedTuple):
+    """What memory and time depend on."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    attention: int  # query heads × their size
+    linear: int  # parameters of the layers' linear weights
+    others: int  # all other parameters; a head that is tied to the embedding counts once
+    adapters: int  # parameters; 0 without LoRA
+    kept: float  # bytes a token that a layer keeps for its backward pass, not compiled
+
+    @property
+    def parameters(self) -> int:
+        return self.linear + self.others
+
+
+class Memory(NamedTuple):
+    """Bytes at the peak of a step, of what PyTorch allocates."""
+
+    weights: float
+    reference: float  # a second model
+    optimizer: float  # gradients and moments
+    activations: float
+    head: float  # or the working set of a layer, which is not there at the same time
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def model_shape(model_config: PreTrainedConfig, config: BaseConfig, dtype: torch.dtype) -> ModelShape:
+    """The shape of a model with the adapters that `config` asks for, computed in `dtype`.
+
+    Raises:
+        ConfigurationError: `lora_target_modules` names layers that the model lacks.
+    """
+    one = type(model_config).from_dict(
+        model_config.to_dict() | {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    )
+    one._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(one, dtype=dtype if config.use_lora else torch.float32)
+        (layer,) = decoder_layers(model)
+        linear = sum(m.weight.numel() for m in layer.modules() if isinstance(m, torch.nn.Linear))
+        a_layer = sum(parameter.numel() for parameter in layer.parameters())
+        outside = sum(parameter.numel() for parameter in model.parameters()) - a_layer
+        adapters = 0
+        if config.use_lora:
+            model = add_lora(model, config.model_copy(update={"init_lora_weights": "default"}))
+            adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    layers, heads = model_config.num_hidden_layers, model_config.num_attention_heads
+    size = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
+    less, more = (_kept(model.train(), one, dtype, size, tokens) for tokens in (128, 256))
+    return ModelShape(
+        layers=layers,
+        hidden=model_config.hidden_size,
+        intermediate=model_config.intermediate_size,
+        vocabulary=model_config.vocab_size,
+        attention=heads * size,
+        linear=layers * linear,
+        others=layers * (a_layer - linear) + outside,
+        adapters=layers * adapters,
+        kept=(more - less) / 128,
+    )
+
+
+def _kept(model: Any, model_config: Any, dtype: torch.dtype, head_size: int, tokens: int) -> int:
+    """Bytes that one layer keeps for `tokens` tokens: the storages that autograd saves, without the parameters'."""
+    (layer,) = decoder_layers(model)
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+        return tensor
+
+    # Tensors without contents that pass as a processor's, for autocast leaves meta tensors alone.
+    with FakeTensorMode():
+        parameters = {
+            name: torch.empty(parameter.shape, dtype=parameter.dtype, requires_grad=parameter.requires_grad)
+            for name, parameter in layer.named_parameters()
+        }
+        hidden = torch.empty(1, tokens, model_config.hidden_size, dtype=dtype, requires_grad=True)
+        rotary = (torch.empty(1, tokens, head_size, dtype=dtype),) * 2
+        with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", dtype, dtype is not torch.float32):
+            output = torch.func.functional_call(
+                layer, parameters, (hidden,), {"position_embeddings": rotary, "attention_mask": None}
+            )
+        storages[hidden.untyped_storage()._cdata] = hidden.untyped_storage()
+        own = {parameter.untyped_storage()._cdata for parameter in parameters.values()}
+        kept = sum(storage.nbytes() for key, storage in storages.items() if key not in own)
+        del output
+    return kept
+
+
+def step_memory(
+    shape: ModelShape,
+    config: BaseConfig,
+    dtype: torch.dtype,
+    *,
+    tokens: int,
+    targets: int,
+    recomputed: int,
+    second_model: bool = False,
+    compiled: bool = False,
+) -> Memory:
+    """The peak of a step whose largest micro-batch has `tokens` tokens, `targets` of them targets.
+
+    Args:
+        recomputed: decoder layers that recompute their activations.
+        second_model: whether a reference model is in memory beside the policy.
+        compiled: whether the layers are compiled.
+    """
+    size = dtype.itemsize
+    quantized = next((key for key in ("load_in_4bit", "load_in_8bit") if getattr(config, key)), None)
+    quantized = quantized or getattr(config, "base_precision", None)
+    frozen = shape.linear * _QUANTIZED.get(quantized or "", size) + shape.others * size
+    trained = shape.adapters if config.use_lora else shape.parameters
+    moments = 2 if getattr(config, "optim", "") == "adamw_8bit" else 8
+    masters = 4 * trained
+    # Autocast keeps a copy of each trained weight in the precision of computation until the forward pass ends.
+    copies = size * trained if size < 4 else 0
+    hidden = tokens * shape.hidden * size
+    a_layer = shape.kept * tokens * (COMPILED_SHARE if compiled else 1)
+    kept = shape.layers - recomputed
+    # Hidden states at each recomputed layer's input, and after the last layer: normed, in float32, and its gradient.
+    activations = copies + recomputed * hidden + kept * a_layer + 2 * hidden + 4 * tokens * shape.hidden
+    head = _HEAD_BYTES * min(_HEAD_ELEMENTS, targets * shape.vocabulary) + 2 * targets * shape.hidden * size
+    if not config.use_lora:
+        head += 4 * shape.vocabulary * shape.hidden  # its weight's gradient
+    # Gradients in the widest part of a layer, and all that the layer keeps where it is computed again.
+    layer = (3 * shape.intermediate + 2 * shape.hidden) * tokens * size + (0 if kept else a_layer)
+    return Memory(
+        weights=frozen + masters if config.use_lora else masters,
+        reference=(frozen if config.use_lora else 4 * shape.parameters) if second_model else 0.0,
+        optimizer=(4 + moments) * trained,
+        activations=activations,
+        head=max(head, layer),
+    )

@@ -1,0 +1,128 @@
+"""What `arabic-qwen plan` found, as tables for a terminal and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from arabic_qwen.plan import Estimate, Plan
+
+_BAR = 50  # columns
+#: The parts of a bar: told apart by shade where there is no colour.
+_PARTS = {
+    "weights": ("█", "blue"),
+    "reference": ("▚", "magenta"),
+    "optimizer": ("▓", "yellow"),
+    "activations": ("▒", "green"),
+    "head": ("░", "cyan"),
+}
+
+
+def tables(plan: Plan) -> Iterator[RenderableType]:
+    """The model and the data in a line each, a table of devices, their memory as bars, and what to change."""
+    shape = plan.shape
+    adapters = f", {shape.adapters:,} more in adapters" if shape.adapters else ", all trained"
+    yield f"model  {escape(plan.model)}: {shape.parameters:,} parameters in {shape.layers} layers{adapters}"
+    steps = f"; {plan.mix.steps:,} steps" if plan.mix.steps else ""
+    yield f"data   {escape(plan.mix.note)}{steps}"
+    yield ""
+    yield _devices(plan)
+    yield ""
+    yield from _bars(plan)
+    for device in plan.devices:
+        if device.changes:
+            yield ""
+            yield from _changes(device)
+
+
+def _devices(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("", no_wrap=True)
+    time = "time" if plan.mix.steps else "a million"
+    for column in ("peak GB", "of", "fits", "token_budget", "recomputed", "tokens/s", time):
+        table.add_column(column, justify="right", no_wrap=True)
+    for device in plan.devices:
+        table.add_row(
+            device.name,
+            f"{device.parts.total / 1e9:.1f}",
+            f"{device.memory / 1e9:.1f}",
+            "[green]yes[/]" if device.fits else "[red]no[/]",
+            f"{device.fit.token_budget:,}",
+            f"{device.fit.recomputed} of {plan.shape.layers}",
+            f"{device.tokens_per_s:,.0f}" if device.tokens_per_s and device.fits else "–",
+            _duration(device.seconds) if device.seconds and device.fits else "–",
+        )
+    return table
+
+
+def _bars(plan: Plan) -> Iterator[RenderableType]:
+    """Each device's memory as a bar of the same length, filled by what the step takes."""
+    width = max(len(device.name) for device in plan.devices)
+    for device in plan.devices:
+        line, end = Text(f"{device.name:<{width}}  "), 0
+        scale, taken = _BAR / max(device.memory, device.parts.total), 0.0
+        for name, size in device.parts._asdict().items():
+            mark, colour = _PARTS[name]
+            taken += size
+            columns, end = round(taken * scale) - end, round(taken * scale)
+            line.append(mark * columns, colour)
+        line.append("·" * (_BAR - end))
+        yield line
+    used = [name for name in _PARTS if any(getattr(device.parts, name) for device in plan.devices)]
+    words = {"optimizer": "gradients and optimizer", "head": "head or a layer's working set"}
+    legend = Text(" " * (width + 2))
+    for name in used:
+        mark, colour = _PARTS[name]
+        legend.append(mark, colour)
+        legend.append(f" {words.get(name, name)}  ")
+    yield legend
+
+
+def _changes(device: Estimate) -> Iterator[str]:
+    yield f"to fit on {device.name}, in this order:"
+    for change in device.changes:
+        saved, least = f"{change.saved / 1e9:.1f}", f"{change.least / 1e9:.1f}"
+        yield f"  {change.setting:<28}saves {saved:>5} GB: at least {least} GB{', fits' if change.fits else ''}"
+    if not any(change.fits for change in device.changes):
+        yield "  and a smaller model: that is still too much"
+
+
+def _duration(seconds: float) -> str:
+    minutes = math.ceil(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The same as JSON; bytes and seconds. Times are of a million tokens where `steps` is null."""
+    return {
+        "model": plan.model,
+        "parameters": plan.shape.parameters,
+        "adapters": plan.shape.adapters,
+        "layers": plan.shape.layers,
+        "data": plan.mix.note,
+        "steps": plan.mix.steps,
+        "devices": [
+            {
+                "name": device.name,
+                "memory": device.memory,
+                "peak": round(device.parts.total),
+                "parts": {name: round(size) for name, size in device.parts._asdict().items()},
+                "fits": device.fits,
+                "token_budget": device.fit.token_budget,
+                "recomputed_layers": device.fit.recomputed,
+                "tokens_per_s": device.tokens_per_s,
+                "seconds": device.seconds,
+                "changes": [change._asdict() for change in device.changes],
+            }
+            for device in plan.devices
+        ],
+    }

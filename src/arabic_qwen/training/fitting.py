@@ -1,0 +1,200 @@
+"""Chooses the token budget, and how many layers recompute their activations, from the memory that is free."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import gather_object
+
+from arabic_qwen.data.packing import Group, pack
+from arabic_qwen.data.stream import GroupStream
+from arabic_qwen.models.recompute import decoder_layers, recompute_first
+
+logger = logging.getLogger(__name__)
+
+#: Tokens that keep a GPU busy; more only take memory.
+FULL_BUDGET = 8192
+PROCESSOR_BUDGET = 2048
+#: Share of the free memory that may be used: micro-batches differ, and what is free is never in one piece.
+USABLE = 0.92
+
+#: (tokens of a micro-batch, layers that keep their activations) -> bytes at the peak of a step; inf: out of memory.
+Measure = Callable[[int, int], float]
+
+
+class Fit(NamedTuple):
+    """What was chosen."""
+
+    token_budget: int
+    recomputed: int  # layers
+    peak: float  # bytes; inf: not even this fits
+
+
+def default_budget() -> int:
+    return FULL_BUDGET if torch.cuda.is_available() else PROCESSOR_BUDGET
+
+
+def choose(
+    measure: Measure,
+    *,
+    layers: int,
+    limit: float,
+    longest: int,
+    token_budget: int | None = None,
+    recomputed: int | None = None,
+) -> Fit:
+    """The token budget, then the number of recomputed layers, that make best use of `limit` bytes.
+
+    Args:
+        measure: is called a few times; what is chosen has been measured to fit, if anything does.
+        layers: of the model.
+        longest: tokens of the longest group, which a micro-batch must hold.
+        token_budget: where it is given, it stays.
+        recomputed: where it is given, it stays.
+    """
+    measure = functools.cache(measure)
+    kept = 0 if recomputed is None else layers - recomputed
+    if token_budget is None:
+        token_budget = _largest_budget(lambda tokens: measure(tokens, kept), limit, longest)
+    tokens = max(token_budget, longest)
+    peak = measure(tokens, kept)
+    if recomputed is None and peak <= limit:
+        kept, peak = _most_kept(lambda number: measure(tokens, number), layers, limit, peak)
+    return Fit(token_budget, layers - kept, peak)
+
+
+def _largest_budget(measure: Callable[[int], float], limit: float, longest: int) -> int:
+    tokens = max(FULL_BUDGET, longest)
+    if measure(tokens) <= limit:
+        return FULL_BUDGET
+    while tokens > longest:
+        tokens = max(tokens // 2, longest)
+        peak = measure(tokens)
+        if peak <= limit:
+            break
+    else:
+        return longest
+    less = measure(tokens // 2)
+    a_token = max((peak - less) / (tokens - tokens // 2), 1.0)
+    more = min(tokens + int((limit - peak) / a_token), 2 * tokens, FULL_BUDGET)
+    return more if more > tokens and measure(more) <= limit else tokens
+
+
+def _most_kept(measure: Callable[[int], float], layers: int, limit: float, peak: float) -> tuple[int, float]:
+    """Layers that can keep their activations, and the peak with so many; `peak`: with none.
+
+    The first of them costs less than each further one, for a recomputed layer's are in memory for a time too.
+    """
+    kept, one = 0, measure(1)
+    if one > limit:
+        return kept, peak
+    kept, peak = 1, one
+    if layers == 1 or (two := measure(2)) > limit:
+        return kept, peak
+    kept, peak = 2, two
+    a_layer = max(two - one, 1.0)
+    more = min(layers, 2 + int((limit - two) / a_layer))
+    while more > kept:
+        found = measure(more)
+        if found <= limit:
+            return more, found
+        more -= math.ceil((found - limit) / a_layer) if found < math.inf else 1
+    return kept, peak
+
+
+def longest_groups(groups: Sequence[Group], tokens: int) -> list[Group]:
+    """The longest groups, over again where there are too few, that fit into `tokens`; at least one."""
+    ordered = sorted(groups, key=lambda group: -group.num_tokens)
+    chosen, room = [ordered[0]], tokens - ordered[0].num_tokens
+    while room >= ordered[-1].num_tokens:
+        for group in ordered:
+            if group.num_tokens > room:
+                continue
+            chosen.append(group)
+            room -= group.num_tokens
+    return chosen
+
+
+class CudaMeasure:
+    """:data:`Measure` by forward and backward passes, which leave nothing behind but the compiled kernels.
+
+    Args:
+        model: as prepared for training, but without DDP around it: processes may measure differently often.
+        groups: to take the longest of.
+        optimizer_bytes: that will be added once the optimizer has made its first step.
+    """
+
+    def __init__(self, model: Any, groups: Sequence[Group], optimizer_bytes: int):
+        self.model = model
+        self.groups = groups
+        self.optimizer_bytes = optimizer_bytes
+        self.device = next(model.parameters()).device
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def memory(self) -> int:
+        """Bytes that this process may have, with what it has already."""
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free + torch.cuda.memory_reserved(self.device)
+
+    def __call__(self, tokens: int, kept: int) -> float:
+        recompute_first(self.model, len(decoder_layers(self.model)) - kept)
+        batch = pack(longest_groups(self.groups, tokens)).to(self.device)
+        self.model.train()
+        try:
+            with torch.random.fork_rng([self.device]):
+                for parameter in self.trained:  # all but the first micro-batch of a step find gradients there
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.cuda.reset_peak_memory_stats(self.device)
+                self.model(packed=batch).sum().backward()
+            return torch.cuda.max_memory_allocated(self.device) + self.optimizer_bytes
+        except torch.OutOfMemoryError:
+            return math.inf
+        finally:
+            for parameter in self.trained:
+                parameter.grad = None
+            torch.cuda.empty_cache()
+
+
+def fit(trainer: Any) -> None:
+    """Set what a :class:`PackedTrainer`, ready for its first step, leaves to be chosen.
+
+    Processes choose alike: what the one with least memory can do.
+    """
+    if trainer.recomputed is not None:
+        recompute_first(trainer.model, trainer.recomputed)
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if not (trainer.fits_budget or trainer.fits_recompute) or trainer.args.device.type != "cuda" or sharded:
+        return
+    groups = trainer.train_groups
+    if isinstance(groups, GroupStream):
+        _, groups = next(groups.windows({}))
+    layers = decoder_layers(trainer.model)
+    begun = bool(trainer.optimizer.state)
+    moments = 0 if begun else 2 if "8bit" in str(trainer.args.optim).lower() else 8
+    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    measure = CudaMeasure(trainer.model, groups, moments * trained)
+    memory = measure.memory()
+    found = choose(
+        measure,
+        layers=len(layers),
+        limit=USABLE * memory,
+        longest=max(group.num_tokens for group in groups),
+        token_budget=None if trainer.fits_budget else trainer.token_budget,
+        recomputed=None if trainer.fits_recompute else sum(layer.gradient_checkpointing for layer in layers),
+    )
+    everyone = gather_object([found])
+    trainer.token_budget = min(one.token_budget for one in everyone)
+    trainer.recomputed = max(one.recomputed for one in everyone)
+    trainer.fits_budget = trainer.fits_recompute = False
+    recompute_first(trainer.model, trainer.recomputed)
+    used = "more" if math.isinf(found.peak) else f"{found.peak / 1e9:.0f}"
+    logger.info(
+        f"token_budget {trainer.token_budget:,}, {trainer.recomputed} of {len(layers)} layers recomputed: "
+        f"{used} of {memory / 1e9:.0f} GB"
+    )

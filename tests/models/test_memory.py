@@ -1,0 +1,87 @@
+"""The model of memory: against tensors that are really kept, and against peaks measured on an H100."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import Qwen2Config
+
+from arabic_qwen.config import DPOConfig, SFTConfig
+from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.models.adapters import add_lora
+from arabic_qwen.models.memory import model_shape, step_memory
+from arabic_qwen.models.recompute import decoder_layers
+
+SEVEN = Qwen2Config(
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+)
+
+
+def lora(**values):
+    return SFTConfig(**({"lora_target_modules": "all-linear", "lora_dropout": 0.0} | values))
+
+
+def peak(config, model_config=SEVEN, dtype=torch.bfloat16, tokens=8192, **values):
+    shape = model_shape(model_config, config, dtype)
+    return step_memory(shape, config, dtype, **({"tokens": tokens, "targets": tokens // 2, "recomputed": 0} | values))
+
+
+def test_peaks_that_were_measured():
+    """7B shape, LoRA of rank 16 on all linear layers, micro-batches of 8,192 tokens; GB."""
+    assert peak(lora()).total / 1e9 == pytest.approx(73, rel=0.1)
+    assert peak(lora(), compiled=True).total / 1e9 == pytest.approx(56, rel=0.1)
+    assert peak(lora(), compiled=True, recomputed=28).total / 1e9 == pytest.approx(20, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_shape_is_that_of_the_model(tiny_model, kind, use_lora):
+    model = tiny_model(kind, num_hidden_layers=3)
+    config = lora(use_lora=use_lora, lora_dropout=0.1)
+    shape = model_shape(model.config, config, torch.float32)
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    if use_lora:
+        model = add_lora(model, config)
+        assert shape.adapters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model.train()
+    layers = decoder_layers(model)
+
+    def kept_by_second_layer(tokens):
+        storages, own = {}, {p.untyped_storage()._cdata for p in model.parameters()}
+        hidden = torch.randn(1, tokens, 64, requires_grad=True)
+        rotary = tuple(torch.randn(2, 1, tokens, 16))
+        storages[hidden.untyped_storage()._cdata] = hidden.untyped_storage()
+
+        def keep(tensor):
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = layers[1](hidden, position_embeddings=rotary, attention_mask=None)
+        del output
+        return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
+
+    assert shape.kept == pytest.approx((kept_by_second_layer(90) - kept_by_second_layer(50)) / 40, rel=0.02)
+
+
+def test_each_saving_saves():
+    frozen = peak(lora())
+    assert peak(lora(load_in_4bit=True)).weights == pytest.approx(5.6e9 + 4 * 40.4e6, rel=0.02)
+    assert peak(lora(load_in_8bit=True)).weights < frozen.weights
+    assert peak(lora(lora_r=8)).optimizer == pytest.approx(frozen.optimizer / 2)
+    totals = [peak(lora(), recomputed=count).total for count in (0, 10, 28)]
+    assert totals == sorted(totals, reverse=True)
+    assert peak(lora(), tokens=4096).activations < 0.6 * frozen.activations
+    whole = peak(SFTConfig(use_lora=False), recomputed=28)
+    assert whole.weights + whole.optimizer == pytest.approx(16 * 7.616e9, rel=0.01)
+    assert peak(DPOConfig(use_lora=False), second_model=True).reference == pytest.approx(4 * 7.616e9, rel=0.01)
+
+
+def test_layers_that_the_model_lacks():
+    with pytest.raises(ConfigurationError, match="no linear layer query"):
+        model_shape(SEVEN, SFTConfig(lora_target_modules=["query"]), torch.bfloat16)

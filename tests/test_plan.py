@@ -1,0 +1,125 @@
+"""`arabic-qwen plan`: what a run takes, before anything is loaded."""
+
+import json
+
+import pytest
+
+from arabic_qwen import plan as planning
+from arabic_qwen.config import METHOD_CONFIGS, DPOConfig, SFTConfig
+from arabic_qwen.errors import ConfigurationError, ModelLoadError
+from arabic_qwen.training.base_trainer import BaseTrainer
+from tests.test_cli import in_process
+from tests.test_dry_run import config_for
+
+SEVEN = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def seven(tmp_path):
+    """A folder with the configuration of a 7B model and nothing else."""
+    folder = tmp_path / "seven"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SEVEN))
+    return folder
+
+
+def pairs(seven, **values):
+    settings = {"model_name": str(seven), "lora_target_modules": "all-linear", "lora_dropout": 0.0}
+    return DPOConfig(**settings | {"gradient_checkpointing": "auto", "max_seq_length": 2048} | values)
+
+
+def on(plan):
+    return {device.name: device for device in plan.devices}
+
+
+@pytest.mark.parametrize("method", METHOD_CONFIGS)
+def test_every_method(model_dir, method):
+    found = planning.plan(config_for(method, model_dir))
+    assert [device.name for device in found.devices[1:]] == list(planning.SHOWN)
+    assert found.mix.steps
+    assert all(device.fits for device in found.devices)
+    assert all(device.tokens_per_s is None for device in found.devices)  # float32, of which no speed is known
+
+
+def test_steps_are_those_of_the_run(model_dir, sft_file, tmp_path):
+    values = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "packing": False}
+    values |= {"validation_split": 0.2, "evaluation_strategy": "no", "load_best_model_at_end": False}
+    config = config_for("sft", model_dir, dataset_path=str(sft_file), output_dir=str(tmp_path / "run"), **values)
+    mix = planning.plan(config).mix
+    assert not (tmp_path / "run").exists()
+    trainer = BaseTrainer(config)
+    trainer.train()
+    assert mix.steps == trainer.trainer.state.global_step
+    groups = trainer.dataset["train"].groups
+    assert mix.tokens == pytest.approx(sum(group.num_tokens for group in groups) / len(groups))
+    assert mix.examples_a_step * mix.steps == pytest.approx(config.num_train_epochs * len(groups))
+
+
+def test_a_run_of_several_billion_parameters(seven):
+    devices = on(planning.plan(pairs(seven)))
+    small, large = devices["RTX 3060"], devices["H100 80GB"]
+    assert large.fits and large.fit.token_budget == 8192 and large.fit.recomputed < 10
+    assert not small.fits
+    assert [(change.setting, change.fits) for change in small.changes] == [("load_in_4bit=true", True)]
+    assert small.changes[0].saved == pytest.approx(9.7e9, rel=0.02)
+    assert devices["RTX 4090"].fit.recomputed > 20
+    quantized = on(planning.plan(pairs(seven, load_in_4bit=True), ["3060"]))["RTX 3060"]
+    assert quantized.fits and quantized.parts.total < 10.5e9
+    whole = on(planning.plan(pairs(seven, use_lora=False)))["H100 80GB"]
+    assert [change.setting for change in whole.changes] == ["precompute_reference=true", "use_lora=true"]
+    assert sum(whole.parts) == whole.parts.total > 150e9
+
+
+def test_speed_is_what_was_measured(seven, monkeypatch):
+    """DPO on an H100, compiled: 15,696 tokens/s where a prompt counts for each of its answers."""
+    monkeypatch.setattr(planning._Run, "compiled", True)
+    found = planning.plan(pairs(seven))
+    useful = 2 * (250 + 305) / found.mix.tokens
+    assert on(found)["H100 80GB"].tokens_per_s * useful == pytest.approx(15_696, rel=0.05)
+
+
+def test_recomputing_and_a_reference_take_time(seven):
+    def seconds(config):
+        return on(planning.plan(config, ["H100"]))["H100 80GB"].seconds
+
+    assert seconds(pairs(seven)) < seconds(pairs(seven, gradient_checkpointing=True))
+    assert seconds(pairs(seven, precompute_reference=True)) < seconds(pairs(seven))
+
+
+def test_as_a_verb(seven, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pairs(seven).to_yaml("dpo.yaml")
+    code, text, _ = in_process(monkeypatch, capsys, "plan", "dpo.yaml")
+    assert code == 0
+    assert "7,615,616,512 parameters in 28 layers, 40,370,176 more in adapters" in text
+    assert "not read (data/training.jsonl: cannot be read" in text
+    for part in ("RTX 3060", "weights", "█", "load_in_4bit=true", "fits"):
+        assert part in text
+    code, text, _ = in_process(monkeypatch, capsys, "plan", "dpo.yaml", "--gpu", "a100 80gb", "--gpu", "h200", "--json")
+    found = json.loads(text)
+    assert [device["name"] for device in found["devices"][1:]] == ["A100 80GB", "H200"]
+    assert found["devices"][2]["fits"] and found["devices"][2]["recomputed_layers"] == 0
+
+
+def test_errors(seven, tmp_path, monkeypatch, capsys):
+    with pytest.raises(ConfigurationError, match="--gpu: 'H1000' is unknown; did you mean 'H100 80GB'"):
+        planning.plan(pairs(seven), ["H1000"])
+    with pytest.raises(ConfigurationError, match="no linear layer query"):
+        planning.plan(pairs(seven, lora_target_modules=["query"]))
+    with pytest.raises(ModelLoadError, match="the folder does not exist"):
+        planning.plan(SFTConfig(model_name="./nowhere"))
+    (seven / "config.json").write_text(json.dumps(SEVEN | {"model_type": "mixtral"}))
+    with pytest.raises(ModelLoadError, match="of model_type 'mixtral'"):
+        planning.plan(pairs(seven))
+    code, _, said = in_process(monkeypatch, capsys, "plan", tmp_path / "missing.yaml")
+    assert code == 2 and "missing.yaml" in said

@@ -1,0 +1,161 @@
+"""The choice of token budget and recomputed layers: against laws of memory, and what a run keeps of it."""
+
+import json
+import logging
+import math
+import types
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arabic_qwen.data.packing import Completion, Group
+from arabic_qwen.models.recompute import decoder_layers, recompute_first
+from arabic_qwen.training import fitting
+from arabic_qwen.training.base_trainer import BaseTrainer
+from tests.training.test_engine import StopAfter, sft_config
+
+
+class Law:
+    """A step's peak: weights, then the head or the working set of one layer, over what all layers keep."""
+
+    def __init__(self, weights, hidden, saved, working, head, layers, capacity=math.inf):
+        self.__dict__.update(locals())
+        self.calls = []
+
+    def __call__(self, tokens, kept):
+        self.calls.append((tokens, kept))
+        own = kept * self.saved + (self.layers - kept) * self.hidden
+        at_last_layer = own + (0 if kept else self.saved) + self.working
+        peak = self.weights + tokens * max(own, at_last_layer) + self.head * min(tokens, 900)
+        return peak if peak <= self.capacity else math.inf  # out of memory
+
+
+laws = st.builds(
+    Law,
+    weights=st.integers(0, 10**9),
+    hidden=st.integers(1, 10**4),
+    saved=st.integers(10**4, 10**6),
+    working=st.integers(0, 10**6),
+    head=st.integers(0, 10**6),
+    layers=st.integers(1, 80),
+)
+
+
+@given(law=laws, limit=st.integers(10**6, 10**11), slack=st.floats(1, 1.2), longest=st.integers(1, 40_000))
+def test_never_more_than_the_limit_and_what_is_there_is_used(law, limit, slack, longest):
+    law.capacity = limit * slack
+    found = fitting.choose(law, layers=law.layers, limit=limit, longest=longest)
+    tokens, kept = max(found.token_budget, longest), law.layers - found.recomputed
+    assert found.peak == law(tokens, kept)
+    if law(longest, 0) > limit:  # nothing fits
+        assert (found.token_budget, kept) == (longest, 0)
+        return
+    assert found.peak <= limit
+    assert kept == law.layers or law(tokens, kept + 1) > limit
+    if found.token_budget < fitting.FULL_BUDGET and longest < fitting.FULL_BUDGET:
+        assert law(fitting.FULL_BUDGET, 0) > limit
+        assert law(2 * tokens, 0) > limit or 2 * tokens > fitting.FULL_BUDGET
+    assert len(law.calls) < 40
+
+
+@given(law=laws, limit=st.integers(10**6, 10**11))
+def test_what_is_given_stays(law, limit):
+    assert fitting.choose(law, layers=law.layers, limit=limit, longest=9, token_budget=77).token_budget == 77
+    for recomputed in (0, law.layers):
+        law.calls.clear()
+        found = fitting.choose(law, layers=law.layers, limit=limit, longest=9, recomputed=recomputed)
+        assert found.recomputed == recomputed
+        assert {kept for _, kept in law.calls} == {law.layers - recomputed}
+
+
+def test_a_large_gpu_is_asked_few_questions():
+    law = Law(weights=16e9, hidden=7168, saved=250_000, working=150_000, head=1e6, layers=28)
+    found = fitting.choose(law, layers=28, limit=77e9, longest=2048)
+    assert (found.token_budget, found.recomputed) == (8192, 0)
+    assert len(law.calls) <= 5
+    smaller = fitting.choose(law, layers=28, limit=0.92 * 48e9, longest=2048)
+    assert smaller.token_budget == 8192
+    assert 10 < smaller.recomputed < 20
+
+
+def group(length):
+    return Group(np.zeros(1, np.int32), (Completion(np.zeros(length - 1, np.int32), np.ones(length - 1, bool)),))
+
+
+def test_longest_groups_fill_the_batch():
+    groups = [group(n) for n in (5, 30, 20, 7)]
+    assert [g.num_tokens for g in fitting.longest_groups(groups, 52)] == [30, 20]
+    assert [g.num_tokens for g in fitting.longest_groups(groups, 10)] == [30]
+    assert sum(g.num_tokens for g in fitting.longest_groups(groups, 1000)) > 995
+
+
+@pytest.fixture
+def small_gpu(monkeypatch):
+    """A processor that says it is a GPU of little memory; its measurements follow a law."""
+
+    class Measured(Law):
+        def __init__(self, model, groups, optimizer_bytes):
+            super().__init__(optimizer_bytes, 10, 1000, 500, 0, len(decoder_layers(model)))
+            self.model = model
+
+        def memory(self):
+            return 3000 * 400
+
+        def __call__(self, tokens, kept):
+            recompute_first(self.model, self.layers - kept)
+            return super().__call__(tokens, kept)
+
+    monkeypatch.setattr(fitting, "CudaMeasure", Measured)
+    real = fitting.fit
+
+    def fit(trainer):
+        device = torch.device("cuda")
+        pretended = types.SimpleNamespace(device=device, optim=trainer.args.optim)
+        shown = Shown(trainer, pretended)
+        real(shown)
+
+    class Shown:
+        def __init__(self, trainer, args):
+            self.__dict__.update(trainer=trainer, args=args)
+
+        def __getattr__(self, name):
+            return getattr(self.trainer, name)
+
+        def __setattr__(self, name, value):
+            setattr(self.trainer, name, value)
+
+    monkeypatch.setattr(fitting, "fit", fit)
+
+
+def test_a_run_keeps_what_was_chosen(model_dir, sft_file, tmp_path, small_gpu, caplog):
+    caplog.set_level(logging.INFO)
+    values = dict(gradient_checkpointing="auto", save_steps=1, evaluation_strategy="no", load_best_model_at_end=False)
+    config = sft_config(model_dir, sft_file, tmp_path / "run", callbacks=[StopAfter(1)], **values)
+    with pytest.raises(KeyboardInterrupt):
+        BaseTrainer(config).train()
+    progress = json.loads((tmp_path / "run" / "checkpoint-1" / "progress.json").read_text())["trainer"]
+    assert 50 < progress["token_budget"] < 2048
+    assert progress["recomputed"] in (1, 2)
+    line = next(message for message in caplog.messages if "layers recomputed" in message)
+    assert f"token_budget {progress['token_budget']:,}, {progress['recomputed']} of 2 layers recomputed: " in line
+
+    caplog.clear()
+    config.callbacks = []
+    trainer = BaseTrainer(config)
+    trainer.train()
+    assert not any("layers recomputed" in message for message in caplog.messages)
+    assert trainer.trainer.token_budget == progress["token_budget"]
+    assert trainer.trainer.get_train_dataloader().collate_fn.token_budget == progress["token_budget"]
+    recomputes = [layer.gradient_checkpointing for layer in decoder_layers(trainer.model)]
+    assert recomputes == [number < progress["recomputed"] for number in range(2)]
+
+
+def test_on_a_processor_auto_recomputes_nothing(model_dir, sft_file, tmp_path):
+    config = sft_config(model_dir, sft_file, tmp_path / "run", gradient_checkpointing="auto", max_steps=1)
+    trainer = BaseTrainer(config)
+    trainer.train()
+    assert not any(layer.gradient_checkpointing for layer in decoder_layers(trainer.model))
+    assert trainer.trainer.token_budget == fitting.PROCESSOR_BUDGET
