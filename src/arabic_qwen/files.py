@@ -67,7 +67,7 @@ def _error_number(error: Exception) -> int | None:
 
 def _output_error(path: Path, number: int, needed: int, another: str = "folder") -> OutputError:
     reason = "its folder is gone" if number == errno.ENOENT else os.strerror(number)
-    remedy = f"correct that, or choose another {another}"
+    remedy = "correct that, or choose another folder"
     if number in _FULL:
         remedy = f"free some space there, or choose another {another}"
         reason += f": about {readable(needed)} needed" if needed else ""
