@@ -208,7 +208,7 @@ def test_machine_without_gpu(folder, monkeypatch, capsys, override, parts):
 # ---------------------------------------------------------------- data
 
 DATA = {
-    "no such file": (None, ["none.jsonl", "cannot be read", "dataset_path"]),
+    "no such file": (None, ["none.jsonl", "cannot be read", "check its name"]),
     "empty": (b"", ["data.jsonl", "holds no rows"]),
     "only blank lines": (b"\n \n", ["data.jsonl", "holds no rows"]),
     "not JSON": (b'{"instruction": "a", "response": "b"}\nhello\n', ["data.jsonl:2", "not valid JSON", "1 bad row"]),

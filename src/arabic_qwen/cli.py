@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from arabic_qwen.cli_data import data
-from arabic_qwen.errors import ConfigurationError, DatasetError, TrainingError
+from arabic_qwen.errors import ConfigurationError, DatasetError, OutputError, TrainingError
 from arabic_qwen.redaction import RedactedStream
 from arabic_qwen.terminal import Formatter, displayed, isolated
 
@@ -133,13 +133,13 @@ def train(
     trainer = BaseTrainer(settings)
     try:
         trainer.train()
-    except (KeyboardInterrupt, SystemExit, TrainingError) as stop:
+    except (KeyboardInterrupt, SystemExit, OutputError, DatasetError) as stop:
         saved = find_checkpoints(Path(settings.resolved_output_dir))
         same = settings.resume_from_checkpoint == "auto" and not settings.overwrite_output_dir
         what = "the same command" if same else "resume_from_checkpoint=auto overwrite_output_dir=false"
         how = f"go on from {saved[0]}" if saved else "start again, for there is no checkpoint yet"
         if isinstance(stop, TrainingError):
-            if saved and not isinstance(stop, ConfigurationError):
+            if saved:
                 stop.args = (f"{stop}\nthen {what} will {how}",)
             raise
         print(f"stopped; {what} will {how}", file=sys.stderr)

@@ -45,11 +45,17 @@ def writing(path: str | os.PathLike, needed: int = 0) -> Iterator[None]:
         raise _output_error(Path(path), number, needed) from None
 
 
-def check_space(path: Path, needed: int) -> None:
-    """Raise OutputError where fewer than `needed` bytes are free: sooner than a disk that is filled up says it."""
+def check_space(path: Path, needed: int, another: str = "folder") -> None:
+    """Raise OutputError where fewer than `needed` bytes are free: sooner than a disk that is filled up says it.
+
+    Args:
+        path: what is to be written.
+        needed: bytes.
+        another: what the user is told to choose another of.
+    """
     usage = shutil.disk_usage(_existing(path))
     if usage.total and usage.free < needed:  # some network file systems do not say
-        raise _output_error(path, errno.ENOSPC, needed)
+        raise _output_error(path, errno.ENOSPC, needed, another)
 
 
 def _error_number(error: Exception) -> int | None:
@@ -59,11 +65,11 @@ def _error_number(error: Exception) -> int | None:
     return int(found[1]) if found else None
 
 
-def _output_error(path: Path, number: int, needed: int) -> OutputError:
+def _output_error(path: Path, number: int, needed: int, another: str = "folder") -> OutputError:
     reason = "its folder is gone" if number == errno.ENOENT else os.strerror(number)
     remedy = "correct that, or choose another folder"
     if number in _FULL:
-        remedy = "free some space there, or choose another folder"
+        remedy = f"free some space there, or choose another {another}"
         reason += f": about {readable(needed)} needed" if needed else ""
         with contextlib.suppress(OSError):
             reason += f", {readable(shutil.disk_usage(_existing(path)).free)} free"

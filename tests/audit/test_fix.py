@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import unicodedata
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from arabic_qwen.audit.check import check
 from arabic_qwen.audit.findings import CODES
 from arabic_qwen.audit.fix import AtomicFile, fix
-from arabic_qwen.errors import ConfigurationError, DatasetError
+from arabic_qwen.errors import ConfigurationError, DatasetError, OutputError
 from arabic_qwen.text.encoding import repair_mojibake
 
 from .planted import DEFECTS, FILES, write_planted
@@ -301,3 +302,17 @@ def test_the_result_passes_the_check(tmp_path_factory, rows):
     assert repair.written + repair.dropped.total() == repair.rows == len(rows) + 1
     for row in read(folder / "out.jsonl")[1:]:
         assert letters(row["kept"]) == letters(row["response"])
+
+
+def test_a_full_disk(tmp_path):
+    """The kernel refuses what is beyond a limit, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(
+            OutputError, match=r"out\.jsonl: cannot be written \(File too large.* free\); free some space"
+        ):
+            fix("sample:sft", tmp_path / "out.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
