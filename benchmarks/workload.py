@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import resource
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from arabic_qwen.config import METHOD_CONFIGS, BaseConfig
 from arabic_qwen.data.packing import Completion, Group
+from arabic_qwen.models.loading import load_tokenizer
 from arabic_qwen.models.sources import EMBEDDED_MODEL, resolve_model_name
 from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.sampler import Sequences, StepSampler
@@ -77,8 +77,7 @@ def write_model(shape: str, folder: str) -> str:
     model.save_pretrained(path)
     del model
     torch.cuda.empty_cache()  # the runs are other processes
-    for file in Path(resolve_model_name(EMBEDDED_MODEL)).glob("*token*"):
-        shutil.copy(file, path)
+    load_tokenizer(EMBEDDED_MODEL).save_pretrained(path)
     return str(path)
 
 

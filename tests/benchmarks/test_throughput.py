@@ -92,6 +92,17 @@ def test_a_run_that_fails_or_takes_too_long_is_a_row(tmp_path):
     assert throughput.in_own_process({"folder": str(tmp_path)}, 0.001) == {"failed": "not done after 0 s"}
 
 
+def test_a_model_of_a_shape_trains(monkeypatch, tmp_path):
+    import one_run
+    import workload
+
+    monkeypatch.setitem(workload.SHAPES, "0.5b", (16, 32, 2, 2, 1, 7000, True))
+    model = workload.write_model("0.5b", str(tmp_path))
+    assert workload.model_config(model).vocab_size == 7000  # more than the tokenizer has
+    run = specification("sft", "ours", tmp_path)
+    assert one_run.run(run | {"args": ARGUMENTS | {"model": model}})["seconds"] > 0
+
+
 def test_useful_flops_are_those_of_a_count_by_hand():
     import numpy as np
     import workload
