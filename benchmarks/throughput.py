@@ -80,7 +80,8 @@ def in_own_process(specification: dict[str, Any], seconds: float) -> dict[str, A
     given.write_text(json.dumps(specification), encoding="utf-8")
     result.unlink(missing_ok=True)
     command = [sys.executable, str(Path(__file__).with_name("one_run.py")), str(given), str(result)]
-    environment = os.environ | {"UNSLOTH_COMPILE_LOCATION": f"{folder}/unsloth"}  # it writes code, into ./ otherwise
+    # Unsloth writes code, into ./ otherwise, and asks the hub for statistics.
+    environment = os.environ | {"UNSLOTH_COMPILE_LOCATION": f"{folder}/unsloth", "HF_HUB_OFFLINE": "1"}
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
         try:

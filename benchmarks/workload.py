@@ -98,7 +98,7 @@ def configuration(method: str, args: argparse.Namespace, output_dir: str, **valu
         "dataset_path": getattr(args, "data", None) or "sample:sft",
         "output_dir": output_dir,
         "overwrite_output_dir": True,
-        "instruction_template": "tokenizer",
+        "instruction_template": "chatml",
         "max_seq_length": 2 * LONGEST,
         "lora_target_modules": "all-linear",
         "lora_dropout": 0.0,

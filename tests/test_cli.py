@@ -1,7 +1,6 @@
 """The command as a user runs it, in a process of its own."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -93,7 +92,7 @@ def test_light_verbs_do_not_load_torch(tmp_path, arguments):
 def test_help_teaches(monkeypatch, capsys):
     _, text, _ = in_process(monkeypatch, capsys, "--help")
     verbs = re.findall(r"^ +arabic-qwen (\w+)", text, re.M)
-    assert verbs == ["doctor", "quickstart", "data", "init", "train", "train", "chat", "compare"]
+    assert verbs == ["doctor", "quickstart", "data", "init", "plan", "train", "train", "chat", "compare"]
     for command in cli.app.registered_commands:
         name = command.name or command.callback.__name__
         _, text, _ = in_process(monkeypatch, capsys, name, "--help")
@@ -137,8 +136,8 @@ def test_ctrl_c_before_a_checkpoint_starts_again(yaml_file, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
 
     def interrupt(self, args, state, control, **kwargs):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # unlike os.kill, it waits until the handler has run
+        signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
         patch.setattr("arabic_qwen.training.callbacks.RunLog.on_step_begin", interrupt)
