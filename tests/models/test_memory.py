@@ -36,13 +36,17 @@ def test_peaks_that_were_measured():
     assert peak(lora()).total / 1e9 == pytest.approx(73, rel=0.1)
     assert peak(lora(), compiled=True).total / 1e9 == pytest.approx(56, rel=0.1)
     assert peak(lora(), compiled=True, recomputed=28).total / 1e9 == pytest.approx(20, rel=0.1)
+    assert peak(lora(base_precision="fp8"), compiled=True).total / 1e9 == pytest.approx(54.8, rel=0.1)
+    assert peak(lora(lora_dropout=0.1), recomputed=1).total / 1e9 == pytest.approx(75.6, rel=0.1)
+    small = {"tokens": 7168, "recomputed": 28}
+    assert peak(lora(lora_dropout=0.1, load_in_4bit=True), **small).total / 1e9 == pytest.approx(9.95, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("use_lora", [True, False])
 def test_shape_is_that_of_the_model(tiny_model, kind, use_lora):
     model = tiny_model(kind, num_hidden_layers=3)
-    config = lora(use_lora=use_lora, lora_dropout=0.1)
+    config = lora(use_lora=use_lora)
     shape = model_shape(model.config, config, torch.float32)
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
     if use_lora:

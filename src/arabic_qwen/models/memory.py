@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -19,8 +20,8 @@ _QUANTIZED = {"load_in_4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "load_in_8bit": 1.0
 #: Of what a layer keeps when each operation runs by itself, what it keeps when compiled: by this, 8,192 tokens of the 7B
 #: shape peak at the 56 GB that were measured on an H100.
 COMPILED_SHARE = 0.77
-_HEAD_ELEMENTS = 2**27  # of a chunk of logits (models/logps.py)
-_HEAD_BYTES = 8  # an element: float32 logits, and their exponentials
+_HEAD_CHUNK = 2**29  # bytes (models/logps.py)
+_HEAD_BYTES = 8  # a logit, where one chunk holds all
 
 
 class ModelShape(NamedTuple):
@@ -78,6 +79,8 @@ def model_shape(model_config: PreTrainedConfig, config: BaseConfig, dtype: torch
     layers, heads = model_config.num_hidden_layers, model_config.num_attention_heads
     size = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
     less, more = (_kept(model.train(), one, dtype, size, tokens) for tokens in (128, 256))
+    # A processor keeps dropout's masks in the precision of computation, a GPU as bytes.
+    dropped = sum(m.in_features for m in layer.modules() if isinstance(m, LoraLayer)) if config.lora_dropout else 0
     return ModelShape(
         layers=layers,
         hidden=model_config.hidden_size,
@@ -87,7 +90,7 @@ def model_shape(model_config: PreTrainedConfig, config: BaseConfig, dtype: torch
         linear=layers * linear,
         others=layers * (a_layer - linear) + outside,
         adapters=layers * adapters,
-        kept=(more - less) / 128,
+        kept=(more - less) / 128 - dropped * (dtype.itemsize - 1),
     )
 
 
@@ -152,11 +155,11 @@ def step_memory(
     kept = shape.layers - recomputed
     # Hidden states at each recomputed layer's input, and after the last layer: normed, in float32, and its gradient.
     activations = copies + recomputed * hidden + kept * a_layer + 2 * hidden + 4 * tokens * shape.hidden
-    head = _HEAD_BYTES * min(_HEAD_ELEMENTS, targets * shape.vocabulary) + 2 * targets * shape.hidden * size
+    head = min(_HEAD_CHUNK, _HEAD_BYTES * targets * shape.vocabulary) + 2 * targets * shape.hidden * size
     if not config.use_lora:
         head += 4 * shape.vocabulary * shape.hidden  # its weight's gradient
-    # Gradients in the widest part of a layer, and all that the layer keeps where it is computed again.
-    layer = (3 * shape.intermediate + 2 * shape.hidden) * tokens * size + (0 if kept else a_layer)
+    # Gradients in the widest part of a layer, or all that the layer keeps where it is computed again.
+    layer = max((3 * shape.intermediate + 2 * shape.hidden) * tokens * size, 0 if kept else a_layer)
     return Memory(
         weights=frozen + masters if config.use_lora else masters,
         reference=(frozen if config.use_lora else 4 * shape.parameters) if second_model else 0.0,
