@@ -154,7 +154,8 @@ class TestTrainingArguments:
         ("values", "said", "expected"),
         [
             ({"evaluation_strategy": "no"}, "last model is kept", {"load_best_model_at_end": False}),
-            ({"eval_steps": 30, "save_steps": 40}, "save_steps 60", {"save_steps": 60, "load_best_model_at_end": True}),
+            ({"eval_steps": 30, "save_steps": 70}, "save_steps 60", {"save_steps": 60, "load_best_model_at_end": True}),
+            ({"eval_steps": 30, "save_steps": 4}, "save_steps 3,", {"save_steps": 3, "load_best_model_at_end": True}),
             ({"save_strategy": "epoch"}, "last model is kept", {"load_best_model_at_end": False}),
             ({"validation_split": 0}, "no validation rows", {"eval_strategy": "no", "load_best_model_at_end": False}),
         ],

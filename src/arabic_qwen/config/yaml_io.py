@@ -120,7 +120,8 @@ def _parse(text: str, source: str) -> tuple[Any, dict[str, int]]:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
         reason = getattr(error, "problem", None) or str(error).split("\n")[0] or type(error).__name__
-        raise ConfigurationError(f"{where}: not valid YAML ({reason}); check indentation, quotes and colons") from None
+        remedy = "remove the tag" if "for the tag" in reason else "check indentation, quotes and colons"
+        raise ConfigurationError(f"{where}: not valid YAML ({reason}); {remedy}") from None
 
 
 def _substitute(value: Any, source: str) -> Any:

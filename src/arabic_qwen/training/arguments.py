@@ -58,10 +58,17 @@ def resolve_schedule(config: BaseConfig, has_validation: bool) -> Schedule:
     if keep_best and evaluation != saving:
         keep_best = False
         changes.append(f"the last model is kept, not the best, for evaluation is {evaluation!r} and saving {saving!r}")
-    if keep_best and evaluation == "steps" and save_steps % config.eval_steps:
-        save_steps = math.ceil(save_steps / config.eval_steps) * config.eval_steps
-        changes.append(f"save_steps {save_steps}, a multiple of eval_steps, so that the best model is saved")
+    if keep_best and evaluation == "steps" and save_steps != (fitting := _fitting(save_steps, config.eval_steps)):
+        save_steps = fitting
+        changes.append(f"save_steps {save_steps}, which eval_steps goes with, so that the best model is saved")
     return Schedule(evaluation, saving, save_steps, keep_best, changes)
+
+
+def _fitting(save_steps: int, eval_steps: int) -> int:
+    """The largest number of steps up to `save_steps` with which evaluated models are saved: never rarer than asked for."""
+    if save_steps > eval_steps:
+        return save_steps - save_steps % eval_steps
+    return next(steps for steps in range(save_steps, 0, -1) if eval_steps % steps == 0)
 
 
 def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArguments:
@@ -77,7 +84,7 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
         f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False},
     }
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=config.resolved_output_dir,
             learning_rate=config.learning_rate,
             num_train_epochs=config.num_train_epochs,
@@ -95,7 +102,7 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
             eval_strategy=schedule.evaluation,
             eval_steps=config.eval_steps,
             save_strategy=schedule.saving,
-            save_steps=schedule.save_steps,
+            save_steps=max(schedule.save_steps, config.eval_steps) if schedule.keep_best else schedule.save_steps,
             save_total_limit=config.save_total_limit,
             load_best_model_at_end=schedule.keep_best,
             metric_for_best_model=config.metric_for_best_model,
@@ -123,6 +130,8 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
                 f"ddp_backend: {config.ddp_backend!r} is for several processes, which torchrun starts; set it to null"
             ) from error
         raise ConfigurationError(f"transformers refuses the configuration: {error}") from error
+    arguments.save_steps = schedule.save_steps  # transformers takes only multiples of eval_steps, though divisors do too
+    return arguments
 
 
 def planned_tokens(config: BaseConfig, train: Any) -> float:
