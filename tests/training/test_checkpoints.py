@@ -425,6 +425,15 @@ class TestLock:
         os.close(end)
         os.waitpid(worker, 0)
 
+    def test_a_link_is_not_followed(self, tmp_path):
+        other, lock = tmp_path / "other.txt", tmp_path / ".lock"
+        other.write_text("kept")
+        lock.symlink_to(other)
+        for call in (check_free, lambda folder: locked(folder).__enter__()):
+            with pytest.raises(ConfigurationError, match=r"^output_dir: .*\.lock is a link; remove it"):
+                call(tmp_path)
+        assert other.read_text() == "kept"
+
     def test_a_run_that_began_in_the_meantime_is_not_set_aside(self, stopped, config, monkeypatch):
         begin = checkpoints.begin_run
 
