@@ -158,6 +158,12 @@ ADAPTERS = [
     ({"target_modules": r"((\w+)*)*x"}, "target_modules is no name and no simple regular"),
     ({"modules_to_save": ["(a+)+"]}, "modules_to_save is no name"),
     ({"rank_pattern": {"(a+)+": 4}}, "rank_pattern has no name"),
+    ({"target_modules": ".?" * 40 + "Z"}, "target_modules is no name"),
+    ({"target_modules": r"\(?" * 40 + "Z"}, "target_modules is no name"),
+    ({"target_modules": "(.|.)" * 26}, "target_modules is no name"),
+    ({"target_modules": "(.|.)*Z"}, "target_modules is no name"),
+    ({"target_modules": "(?x:(.|.) *Z)"}, "target_modules is no name"),
+    ({"rank_pattern": {"(.|.)" * 26: 4}}, "rank_pattern has no name"),
     ({"target_modules": 5}, "target_modules is no name"),
     ({"alpha_pattern": 5}, "alpha_pattern has no name"),
 ]
@@ -167,6 +173,19 @@ ADAPTERS = [
 def test_adapters_that_ask_for_more(adapter, values, reason):
     edit(adapter / "adapter_config.json", **values)
     assert error_of(load, adapter).startswith(f"{adapter}: adapter_config.json: {reason}")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.(q|k|v|o)_proj",
+        r"model\.layers\.\d+?\.(?:self_attn|mlp)\.(?:q_proj|up_proj)",
+        r"(model\.)?layers\.[01]\.self_attn\.q_proj",
+    ],
+)
+def test_regular_expressions_that_adapters_have(adapter, pattern):
+    edit(adapter / "adapter_config.json", target_modules=pattern)
+    assert locate_model(str(adapter)) == str(adapter)
 
 
 def test_adapter_whose_base_model_asks_for_code(adapter, model):

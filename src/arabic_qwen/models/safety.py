@@ -19,6 +19,8 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
 
+_MOST_WAYS = 1000  # that a regular expression may offer
+
 _ATTENTION = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"}
 
 
@@ -101,8 +103,17 @@ def _adapter(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _runs_long(pattern: Any) -> bool:
-    """Whether matching may take for ever; with one repetition it takes at most the square of a name's length."""
-    return not isinstance(pattern, str) or len(re.findall(r"[*+{]", pattern)) > 1
+    """Whether matching may take for ever.
+
+    With one repetition, of a single character, it takes at most the square of a name's length for each way through the
+    alternatives.
+    """
+    if not isinstance(pattern, str):
+        return True
+    plain = re.sub(r"\\.", "_", pattern, flags=re.DOTALL)
+    ways = math.prod(1 + part.count("|") for part in re.split(r"[()]", plain))
+    several = len(re.findall(r"(?<!\()[*+?{][?+]?", plain)) > 1
+    return several or ways > _MOST_WAYS or bool(re.search(r"\)[*+{]|\(\?[^:=!<]", plain))  # of groups, flags
 
 
 _PROBLEMS = dict(zip(FILES, (_model, _code, _tokenizer, _adapter), strict=True))
