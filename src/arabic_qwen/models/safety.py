@@ -138,8 +138,8 @@ def check_sizes(name: str, config: Mapping[str, Any], shapes: Shapes | None) -> 
     """
     for key in _SIZES:
         value = config.get(key)
-        if value is not None and (type(value) is not int or value < 1):
-            raise _absurd(name, f"config.json: {key} is {value!r:.50}, not a whole number above 0")
+        if value is not None and (type(value) is not int or not 1 <= value <= _MOST_WEIGHTS):
+            raise _absurd(name, f"config.json: {key} is {value!r:.50}, not a whole number from 1 to {_MOST_WEIGHTS:,}")
     vocabulary, hidden, intermediate, _, layers, heads, kv_heads, _ = (config.get(key) or 1 for key in _SIZES)
     width = config.get("head_dim") or hidden // heads
     weights = vocabulary * hidden + layers * hidden * (3 * intermediate + 2 * (heads + kv_heads) * width)
@@ -151,7 +151,7 @@ def check_sizes(name: str, config: Mapping[str, Any], shapes: Shapes | None) -> 
 
 
 def check_ranks(name: str, config: Mapping[str, Any], shapes: Shapes) -> None:
-    """Raise ModelLoadError where adapter_config.json asks for larger adapters than its file of weights holds."""
+    """Raise ModelLoadError where adapter_config.json asks for larger adapters, or more rows, than its weights are."""
     pattern = config.get("rank_pattern")
     largest = max((min(shape, default=0) for key, shape in shapes.items() if ".lora_" in key), default=0)
     for rank in (config.get("r", 1), *(pattern.values() if isinstance(pattern, dict) else ())):
@@ -160,6 +160,15 @@ def check_ranks(name: str, config: Mapping[str, Any], shapes: Shapes) -> None:
                 f"adapter_config.json: r or rank_pattern is {rank!r:.50}, but its weights have rank {largest} at most"
             )
             raise _absurd(name, reason)
+    rows = {key: shape[0] for key, shape in shapes.items() if key.endswith(".trainable_tokens_delta") and shape}
+    indices = config.get("trainable_token_indices") or {}
+    if not isinstance(indices, dict) or any(
+        not isinstance(these, list)
+        or any(type(index) is not int or index < 0 for index in these)
+        or len(these) > max((n for key, n in rows.items() if f".{layer}." in key), default=0)
+        for layer, these in indices.items()
+    ):
+        raise _absurd(name, "adapter_config.json: trainable_token_indices names no rows, or more than its weights hold")
 
 
 def _absurd(name: str, reason: str) -> ModelLoadError:
