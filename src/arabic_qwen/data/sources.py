@@ -25,6 +25,7 @@ from arabic_qwen.errors import DatasetError
 SAMPLES = ("sft", "dpo", "kto")
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+_SAVED = ("dataset_dict.json", "state.json")  # of `datasets.save_to_disk`
 _PROBE_SECONDS = 5  # the hub must answer within
 
 # CSV cells are text; in these columns JSON stands for what it says.
@@ -67,7 +68,7 @@ def _identity(source: DataSource) -> list[str]:
     name = source.path
     path = _sample(name) if name.startswith("sample:") else Path(name).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
+        files = _files(path)
     elif path.exists() or is_data_file(name):
         files = [path]
     else:
@@ -173,15 +174,25 @@ def _sample(name: str) -> Path:
     return Path(str(files("arabic_qwen") / "assets" / f"{sample}.jsonl"))
 
 
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _SAVED)
+
+
+def _files(folder: Path) -> list[Path]:
+    """What is read of a folder: an output folder may lie in it."""
+    if _is_saved(folder):
+        return sorted(path for path in folder.rglob("*") if path.suffix == ".arrow" or path.name in _SAVED)
+    return sorted(path for path in folder.iterdir() if is_data_file(path.name))
+
+
 def _read_folder(folder: Path, source: DataSource) -> Iterator[tuple[str, Rows]]:
     """A folder written by `datasets.save_to_disk`, or the data files in a folder, by name."""
-    saved = {"dataset_dict.json", "state.json"} & {path.name for path in folder.iterdir()}
-    if not saved:
-        names = sorted(path.name for path in folder.iterdir() if is_data_file(path.name))
-        _check_inside(folder, [folder / name for name in names])
-        if not names:
+    if not _is_saved(folder):
+        found = _files(folder)
+        _check_inside(folder, found)
+        if not found:
             raise DatasetError(f"{folder}: holds no data files; they are named {FORMATS}")
-        yield from ((name, read_file(folder / name)) for name in names)
+        yield from ((path.name, read_file(path)) for path in found)
         return
     import datasets  # takes seconds, which those who read plain files need not wait
 
