@@ -298,7 +298,9 @@ def test_absurd_token_rows_are_refused(adapter, monkeypatch, rows):
 
 def test_token_rows_far_beyond_the_base(adapter, tiny_model, monkeypatch):
     """The adapter's weights hold one row, and do not say which."""
-    settings = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", trainable_token_indices={"embed_tokens": [3]})
+    settings = LoraConfig(
+        target_modules=["q_proj"], task_type="CAUSAL_LM", trainable_token_indices={"embed_tokens": [3]}
+    )
     get_peft_model(tiny_model("qwen2"), settings).save_pretrained(adapter.with_name("rows"))
     values = json.loads((adapter / "adapter_config.json").read_text())
     adapter = adapter.with_name("rows")
@@ -312,6 +314,12 @@ def test_token_rows_far_beyond_the_base(adapter, tiny_model, monkeypatch):
 def test_adapter_for_an_adapter(adapter, model):
     for base in (adapter, Path(shutil.copytree(adapter, adapter.with_name("other")))):
         edit(adapter / "adapter_config.json", base_model_name_or_path=str(base))
-        for call in (load, lambda folder: load_tokenizer(str(folder)), lambda folder: locate_configuration(str(folder))):
+        for call in (
+            load,
+            lambda folder: load_tokenizer(str(folder)),
+            lambda folder: locate_configuration(str(folder)),
+        ):
             said = error_of(call, adapter)
-            assert said.startswith(f"{adapter}: adapter_config.json: base_model_name_or_path is {base}, an adapter itself")
+            assert said.startswith(
+                f"{adapter}: adapter_config.json: base_model_name_or_path is {base}, an adapter itself"
+            )

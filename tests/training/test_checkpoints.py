@@ -194,10 +194,27 @@ class TestFiles:
         train(config)
         assert snapshots.damage(stopped / "checkpoint-4") is None
 
-    def test_pickled_weights_beside_the_checkpoint_are_not_loaded(self, stopped, config, tmp_path):
-        plant(stopped / "checkpoint-2" / "pytorch_model.bin", tmp_path)
+    @pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin", "a/b.pickle"])
+    @pytest.mark.parametrize("listed", [False, True])
+    def test_pickled_weights_beside_the_checkpoint_are_not_loaded(self, stopped, config, tmp_path, name, listed):
+        file, manifest = stopped / "checkpoint-2" / name, stopped / "checkpoint-2" / "manifest.json"
+        file.parent.mkdir(exist_ok=True)
+        plant(file, tmp_path)
+        if listed:
+            sums = json.loads(manifest.read_text())["sha256"]
+            manifest.write_text(json.dumps({"sha256": {**sums, name: snapshots._sha256(file)}}))
+        assert snapshots.damage(file.parents[name.count("/")]) == f"{name} is pickled, and none of ours"
         assert checkpoints.find_run(config).checkpoint is None
         assert not (tmp_path / "fired").exists()
+
+    def test_shards_of_deepspeed_are_its_own(self, tmp_path):
+        unfinished, checkpoint = tmp_path / "unfinished", tmp_path / "checkpoint-1"
+        (unfinished / "global_step1").mkdir(parents=True)
+        (unfinished / "global_step1" / "mp_rank_00_model_states.pt").write_text("a")
+        snapshots.publish(unfinished, checkpoint)
+        assert snapshots.damage(checkpoint) is None
+        (checkpoint / "global_step1" / "other.pt").write_text("a")
+        assert snapshots.damage(checkpoint) == "global_step1/other.pt is pickled, and none of ours"
 
     def test_pickled_checkpoints_are_refused(self, stopped, config, tmp_path):
         older = stopped / "checkpoint-2"

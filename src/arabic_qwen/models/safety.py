@@ -14,8 +14,8 @@ from transformers.utils import cached_file
 
 from arabic_qwen.errors import ModelLoadError
 
-#: Names of files that Python unpickles, which can run any code.
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+#: How names of files end that Python unpickles, which can run any code.
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
 
@@ -26,7 +26,7 @@ _ATTENTION = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_
 
 def pickled_weights(folder: Path) -> list[str]:
     """Names of the pickled files in the folder."""
-    found = {path.name for kind in PICKLED for path in folder.glob(kind)}
+    found = {path.name for path in folder.iterdir() if path.suffix in PICKLED}
     return sorted(found - {"training_args.bin"})  # no weights; it is never read
 
 

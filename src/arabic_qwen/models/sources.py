@@ -83,7 +83,7 @@ def locate_model(name: str) -> str:
     """
     path = resolve_model_name(name)
     if Path(path).is_file():
-        if any(Path(path).match(kind) for kind in PICKLED):
+        if Path(path).suffix in PICKLED:
             raise refuse_pickle(name, Path(path).name)
         raise ModelLoadError(f"{name}: is a file; give the folder of the model that it belongs to")
     if not Path(path).is_dir():
