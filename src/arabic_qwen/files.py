@@ -122,12 +122,13 @@ def append(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def staged(folder: Path, needed: int = 0) -> Iterator[Path]:
+def staged(folder: Path, needed: int = 0, make: bool = True) -> Iterator[Path]:
     """A new folder to write into; at the end its files are moved to `folder`, each only when all are on the disk.
 
     Args:
-        folder: made where it is not there.
+        folder: where they are moved to.
         needed: bytes that the files take, about.
+        make: the folder, where it is not there.
 
     Raises:
         OutputError: there is less space than needed, or the folder cannot be written.
@@ -135,7 +136,8 @@ def staged(folder: Path, needed: int = 0) -> Iterator[Path]:
     stage = folder / f"{UNFINISHED}{os.getpid()}"
     with writing(folder, needed):
         check_space(folder, needed)
-        folder.mkdir(parents=True, exist_ok=True)
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir()
         try:
