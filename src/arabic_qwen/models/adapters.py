@@ -108,7 +108,8 @@ def load_adapter(model: PreTrainedModel, path: str, *, trainable: bool = False) 
     """
     rows: Any = PeftConfig.from_pretrained(path).to_dict().get("trainable_token_indices") or {}
     needed = 1 + max((index for indices in rows.values() for index in indices), default=-1)
-    most = model.get_input_embeddings().weight.shape[0] + max(map(len, rows.values()), default=0)
+    embedding: Any = model.get_input_embeddings()
+    most = embedding.weight.shape[0] + max(map(len, rows.values()), default=0)
     if needed > most:
         raise ValueError(f"trainable_token_indices names row {needed - 1}, but base and adapter have {most} rows")
     grow_embedding(model, needed)

@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from transformers.utils import cached_file
 
-from arabic_qwen.errors import ModelLoadError
+from arabic_qwen.errors import ModelLoadError, one_line
 
 #: How names of files end that Python unpickles, which can run any code.
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -184,7 +184,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ModelLoadError(f"{path}: holds no JSON object; download or copy it again")
     return values
-
-
-def one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

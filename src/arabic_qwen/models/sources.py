@@ -19,13 +19,12 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
-from arabic_qwen.errors import ModelLoadError
+from arabic_qwen.errors import ModelLoadError, one_line
 from arabic_qwen.models.safety import (
     PICKLED,
     check_files,
     check_ranks,
     check_sizes,
-    one_line,
     pickled_weights,
     read_json,
     refuse_pickle,

@@ -20,7 +20,7 @@ from arabic_qwen.data.bad_rows import BAD_ROWS_FILE, is_first_process
 from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.files import remove_folder, remove_unfinished, write_atomically
+from arabic_qwen.files import existing, remove_folder, remove_unfinished, write_atomically
 from arabic_qwen.models.safety import pickled_weights
 from arabic_qwen.models.sources import RUN_CONFIG
 from arabic_qwen.redaction import redact
@@ -243,7 +243,7 @@ def _check_data(checkpoint: Path, sums: Mapping[str, str]) -> None:
 
 def _check_writable(folder: Path) -> None:
     try:
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        there = existing(folder)
     except OSError as error:  # a name that is too long
         raise _not_writable(folder, error.strerror) from None
     if not there.is_dir():
