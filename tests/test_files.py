@@ -110,6 +110,15 @@ def test_a_stage_is_moved_when_it_is_complete(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a", "below", "mine"]
 
 
+def test_a_stage_in_a_folder_that_vanished(tmp_path):
+    with (
+        pytest.raises(OutputError, match=r"run: cannot be written \(its folder is gone\)"),
+        staged(tmp_path / "run", make=False),
+    ):
+        raise AssertionError
+    assert not (tmp_path / "run").exists()
+
+
 def test_leftovers(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "kept").touch()

@@ -28,3 +28,8 @@ class OutputError(TrainingError):
 
 class HostileTemplateError(TrainingError):
     """A chat template exceeds the limits of its sandbox or tries to leave it."""
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what another library's error says, for a message of ours; its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -15,6 +15,8 @@ from arabic_qwen.errors import OutputError
 #: How names of what is being written begin; what a killed process left of it is removed by the next run.
 UNFINISHED = ".unfinished-"
 
+_FREE = "free some space there, or choose another folder"
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Errors by which the place is at fault, not the program.
 _OF_THE_PLACE = _FULL | {
@@ -45,17 +47,17 @@ def writing(path: str | os.PathLike, needed: int = 0) -> Iterator[None]:
         raise _output_error(Path(path), number, needed) from None
 
 
-def check_space(path: Path, needed: int, another: str = "folder") -> None:
+def check_space(path: Path, needed: int, remedy: str = _FREE) -> None:
     """Raise OutputError where fewer than `needed` bytes are free: sooner than a disk that is filled up says it.
 
     Args:
         path: what is to be written.
         needed: bytes.
-        another: what the user is told to choose another of.
+        remedy: what the user is told to do.
     """
-    usage = shutil.disk_usage(_existing(path))
+    usage = shutil.disk_usage(existing(path))
     if usage.total and usage.free < needed:  # some network file systems do not say
-        raise _output_error(path, errno.ENOSPC, needed, another)
+        raise _output_error(path, errno.ENOSPC, needed, remedy)
 
 
 def _error_number(error: Exception) -> int | None:
@@ -65,18 +67,19 @@ def _error_number(error: Exception) -> int | None:
     return int(found[1]) if found else None
 
 
-def _output_error(path: Path, number: int, needed: int, another: str = "folder") -> OutputError:
+def _output_error(path: Path, number: int, needed: int, full: str = _FREE) -> OutputError:
     reason = "its folder is gone" if number == errno.ENOENT else os.strerror(number)
     remedy = "correct that, or choose another folder"
     if number in _FULL:
-        remedy = f"free some space there, or choose another {another}"
+        remedy = full
         reason += f": about {readable(needed)} needed" if needed else ""
         with contextlib.suppress(OSError):
-            reason += f", {readable(shutil.disk_usage(_existing(path)).free)} free"
+            reason += f", {readable(shutil.disk_usage(existing(path)).free)} free"
     return OutputError(f"{path}: cannot be written ({reason}); {remedy}")
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
@@ -122,12 +125,13 @@ def append(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def staged(folder: Path, needed: int = 0) -> Iterator[Path]:
+def staged(folder: Path, needed: int = 0, make: bool = True) -> Iterator[Path]:
     """A new folder to write into; at the end its files are moved to `folder`, each only when all are on the disk.
 
     Args:
-        folder: made where it is not there.
+        folder: where they are moved to.
         needed: bytes that the files take, about.
+        make: the folder, where it is not there.
 
     Raises:
         OutputError: there is less space than needed, or the folder cannot be written.
@@ -135,7 +139,8 @@ def staged(folder: Path, needed: int = 0) -> Iterator[Path]:
     stage = folder / f"{UNFINISHED}{os.getpid()}"
     with writing(folder, needed):
         check_space(folder, needed)
-        folder.mkdir(parents=True, exist_ok=True)
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir()
         try:

@@ -1,9 +1,10 @@
 import json
+import shutil
 
 import pytest
 
 from arabic_qwen.data.bad_rows import BadRow, BadRows
-from arabic_qwen.errors import DatasetError
+from arabic_qwen.errors import DatasetError, OutputError
 
 
 def filled(number: int, *args, reason=lambda i: f"reason {i}", **kwargs) -> BadRows:
@@ -86,6 +87,18 @@ def test_a_row_that_is_met_again_counts_once(tmp_path):
     rows.add(BadRow("a.jsonl:1", "other", {}))
     assert len(rows) == 2
     assert len((tmp_path / "bad.jsonl").read_text().split("\n")[:-1]) == 2
+
+
+def test_a_folder_that_vanished_in_a_run_is_not_made_again(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    rows = filled(1, 0, run / "bad.jsonl")
+    rows.keep()
+    shutil.rmtree(run)
+    for call in (rows.check, rows.keep, lambda: rows.add(BadRow("a.jsonl:2", "x", {}))):
+        with pytest.raises(OutputError, match=r"bad\.jsonl: cannot be written \(its folder is gone\)"):
+            call()
+    assert not run.exists()
 
 
 def test_restore(tmp_path):

@@ -151,6 +151,9 @@ BOMBS = {
     "filter center": "{{ 'a'|center(10**9) }}",
     "format": "{{ '{:1000000000}'.format(1) }}",
     "formatted": "{{ '%1000000000d' % 1 }}",
+    "hexadecimal": "{{ 0x" + "f" * 200_000 + " > 1 }}",
+    "hexadecimal by filter": "{% set x = ('f' * 5000000) | int(0, 16) %}{{ x > 1 }}",
+    "hexadecimal in a list": "{{ ['f' * 5000000] | map('int', 0, 16) | first > 1 }}",
     "indented": "{{ 'a'|indent(10**9, true) }}",
     "indented lines": "{{ 'a\\n' | replace('\\n', '\\n' * 99999) | indent(99999, blank=true) }}",
     "joined": "{{ range(99999) | join('a' * 999999) }}",
@@ -182,6 +185,7 @@ BOMBS = {
     "tojson": "{{ [[1]] | tojson(indent=10**9) }}",
     "too long": " " * (LONGEST_TEMPLATE + 1),
     "variables": "{% set a = 'a' * 9999999 %}" + "".join(f"{{% set a{i} = a ~ {i} %}}" for i in range(999)),
+    "words": "{{ ('a ' * 5000000) | wordcount }}",
     "wordwrap": "{{ ('a' * 99999) | wordwrap(1, wrapstring='a' * 99999) }}",
     "zeros": "{{ '1'.zfill(10**9) }}",
 }

@@ -26,6 +26,23 @@ def values(dataset_path, **settings) -> list[dict]:
 
 
 class TestFolders:
+    @pytest.mark.parametrize("saved", [False, True])
+    def test_what_tells_the_data_is_of_what_is_read(self, tmp_path, saved):
+        rows = [{"instruction": "a", "response": "b"}]
+        if saved:
+            datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(tmp_path)
+        else:
+            write_as(rows, tmp_path / "a.jsonl")
+        config = SFTConfig(dataset_path=str(tmp_path))
+        before = sources.identity(config, config.dataset_path)
+        assert len(before) == (3 if saved else 1)
+        (tmp_path / "run").mkdir()
+        write_as(rows, tmp_path / "run" / "metrics.jsonl")
+        (tmp_path / "notes.txt").write_text("a")
+        assert sources.identity(config, config.dataset_path) == before
+        (next(tmp_path.rglob("*.arrow")) if saved else tmp_path / "a.jsonl").write_bytes(b"")
+        assert sources.identity(config, config.dataset_path) != before
+
     def test_data_files_by_name(self, tmp_path):
         write_as(TABLE[1:], tmp_path / "b.csv.gz")
         write_as(TABLE[:1], tmp_path / "a.jsonl")

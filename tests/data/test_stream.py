@@ -33,7 +33,7 @@ def numbers(count: int) -> GroupStream:
                 bad_rows.add(row)
         return Numbers([row.values["n"] for row in some if isinstance(row, Row)])
 
-    return GroupStream(lambda: iter(rows), encode, bad_rows)
+    return GroupStream(lambda: iter(rows), encode, bad_rows, list)
 
 
 def test_windows_over_and_over():
@@ -60,7 +60,7 @@ def test_rows_are_read_as_they_are_needed():
             read.append(i)
             yield Row(f"f:{i}", {})
 
-    windows = GroupStream(rows, lambda some: Numbers([1] * len(some)), BadRows()).windows({})
+    windows = GroupStream(rows, lambda some: Numbers([1] * len(some)), BadRows(), list).windows({})
     next(windows), next(windows)
     assert len(read) == 8
 
@@ -68,4 +68,4 @@ def test_rows_are_read_as_they_are_needed():
 @pytest.mark.parametrize("rows", [[], [BadRow("f:1", "bad", None)]])
 def test_nothing_to_train_on(rows):
     with pytest.raises(DatasetError, match="no rows are left to train on"):
-        next(GroupStream(lambda: iter(rows), lambda some: Numbers([]), BadRows()).windows({}))
+        next(GroupStream(lambda: iter(rows), lambda some: Numbers([]), BadRows(), list).windows({}))

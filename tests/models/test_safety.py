@@ -17,7 +17,8 @@ from arabic_qwen.config import DPOConfig, SFTConfig
 from arabic_qwen.errors import ModelLoadError
 from arabic_qwen.models.loading import load_model, load_tokenizer
 from arabic_qwen.models.reference import reference_policy
-from arabic_qwen.models.sources import locate_model
+from arabic_qwen.models.safety import _SIZES
+from arabic_qwen.models.sources import locate_configuration, locate_model
 
 FLOAT32 = SFTConfig(torch_dtype="float32")
 
@@ -158,6 +159,12 @@ ADAPTERS = [
     ({"target_modules": r"((\w+)*)*x"}, "target_modules is no name and no simple regular"),
     ({"modules_to_save": ["(a+)+"]}, "modules_to_save is no name"),
     ({"rank_pattern": {"(a+)+": 4}}, "rank_pattern has no name"),
+    ({"target_modules": ".?" * 40 + "Z"}, "target_modules is no name"),
+    ({"target_modules": r"\(?" * 40 + "Z"}, "target_modules is no name"),
+    ({"target_modules": "(.|.)" * 26}, "target_modules is no name"),
+    ({"target_modules": "(.|.)*Z"}, "target_modules is no name"),
+    ({"target_modules": "(?x:(.|.) *Z)"}, "target_modules is no name"),
+    ({"rank_pattern": {"(.|.)" * 26: 4}}, "rank_pattern has no name"),
     ({"target_modules": 5}, "target_modules is no name"),
     ({"alpha_pattern": 5}, "alpha_pattern has no name"),
 ]
@@ -167,6 +174,19 @@ ADAPTERS = [
 def test_adapters_that_ask_for_more(adapter, values, reason):
     edit(adapter / "adapter_config.json", **values)
     assert error_of(load, adapter).startswith(f"{adapter}: adapter_config.json: {reason}")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.(q|k|v|o)_proj",
+        r"model\.layers\.\d+?\.(?:self_attn|mlp)\.(?:q_proj|up_proj)",
+        r"(model\.)?layers\.[01]\.self_attn\.q_proj",
+    ],
+)
+def test_regular_expressions_that_adapters_have(adapter, pattern):
+    edit(adapter / "adapter_config.json", target_modules=pattern)
+    assert locate_model(str(adapter)) == str(adapter)
 
 
 def test_adapter_whose_base_model_asks_for_code(adapter, model):
@@ -197,14 +217,14 @@ def test_nothing_trusts_remote_code():
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
 KEYS = (
     *("architectures", "attn_implementation", "auto_map", "auto_mapping", "custom_generate", "eos_token_id"),
     *("model_type", "modules_to_save", "peft_type", "quantization_config", "rank_pattern", "target_modules"),
-    "tokenizer_class",
+    *("tokenizer_class", "trainable_token_indices", "r", *_SIZES),
 )
 
 
@@ -242,10 +262,12 @@ def test_any_adapter_configuration_is_read_or_an_error_of_ours(adapter, values):
         ({"num_hidden_layers": 10**9}, "describes 3e+13 weights in 1,000,000,000 layers"),
         ({"hidden_size": 10**9}, "weights in 2 layers, as no Qwen model has"),
         ({"vocab_size": 10**12}, "as no Qwen model has"),
+        ({"vocab_size": 10**400}, "vocab_size is 1000"),
+        ({"num_hidden_layers": 10**400}, "num_hidden_layers is 1000"),
         ({"num_attention_heads": 10**12}, "as no Qwen model has"),
         ({"intermediate_size": 2**20}, "weights, but its safetensors hold "),
         ({"num_hidden_layers": 900}, "weights, but its safetensors hold "),
-        ({"num_hidden_layers": -1}, "num_hidden_layers is -1, not a whole number above 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1, not a whole number from 1 to 1,000,000,000,000"),
         ({"head_dim": 0}, "head_dim is 0, not"),
         ({"vocab_size": 1e3}, "vocab_size is 1000.0, not"),
         ({"hidden_size": True}, "hidden_size is True, not"),
@@ -265,3 +287,39 @@ def test_absurd_adapters_are_refused(adapter, monkeypatch, values):
     monkeypatch.setattr("arabic_qwen.models.loading.AutoModelForCausalLM", None)
     edit(adapter / "adapter_config.json", **values)
     assert "but its weights have rank 8 at most; download" in error_of(load, adapter)
+
+
+@pytest.mark.parametrize("rows", [{"embed_tokens": [5000000]}, {"embed_tokens": ["a"]}, [1], {"embed_tokens": 7}])
+def test_absurd_token_rows_are_refused(adapter, monkeypatch, rows):
+    monkeypatch.setattr("arabic_qwen.models.loading.AutoModelForCausalLM", None)
+    edit(adapter / "adapter_config.json", trainable_token_indices=rows)
+    assert "trainable_token_indices names no rows, or more than its weights hold" in error_of(load, adapter)
+
+
+def test_token_rows_far_beyond_the_base(adapter, tiny_model, monkeypatch):
+    """The adapter's weights hold one row, and do not say which."""
+    settings = LoraConfig(
+        target_modules=["q_proj"], task_type="CAUSAL_LM", trainable_token_indices={"embed_tokens": [3]}
+    )
+    get_peft_model(tiny_model("qwen2"), settings).save_pretrained(adapter.with_name("rows"))
+    values = json.loads((adapter / "adapter_config.json").read_text())
+    adapter = adapter.with_name("rows")
+    edit(adapter / "adapter_config.json", base_model_name_or_path=values["base_model_name_or_path"])
+    assert load(adapter)
+    edit(adapter / "adapter_config.json", trainable_token_indices={"embed_tokens": [5000000]})
+    monkeypatch.setattr("arabic_qwen.models.adapters.grow_embedding", None)
+    assert "names row 5000000, but base and adapter have" in error_of(load, adapter)
+
+
+def test_adapter_for_an_adapter(adapter, model):
+    for base in (adapter, Path(shutil.copytree(adapter, adapter.with_name("other")))):
+        edit(adapter / "adapter_config.json", base_model_name_or_path=str(base))
+        for call in (
+            load,
+            lambda folder: load_tokenizer(str(folder)),
+            lambda folder: locate_configuration(str(folder)),
+        ):
+            said = error_of(call, adapter)
+            assert said.startswith(
+                f"{adapter}: adapter_config.json: base_model_name_or_path is {base}, an adapter itself"
+            )

@@ -194,10 +194,27 @@ class TestFiles:
         train(config)
         assert snapshots.damage(stopped / "checkpoint-4") is None
 
-    def test_pickled_weights_beside_the_checkpoint_are_not_loaded(self, stopped, config, tmp_path):
-        plant(stopped / "checkpoint-2" / "pytorch_model.bin", tmp_path)
+    @pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin", "a/b.pickle"])
+    @pytest.mark.parametrize("listed", [False, True])
+    def test_pickled_weights_beside_the_checkpoint_are_not_loaded(self, stopped, config, tmp_path, name, listed):
+        file, manifest = stopped / "checkpoint-2" / name, stopped / "checkpoint-2" / "manifest.json"
+        file.parent.mkdir(exist_ok=True)
+        plant(file, tmp_path)
+        if listed:
+            sums = json.loads(manifest.read_text())["sha256"]
+            manifest.write_text(json.dumps({"sha256": {**sums, name: snapshots._sha256(file)}}))
+        assert snapshots.damage(file.parents[name.count("/")]) == f"{name} is pickled, and none of ours"
         assert checkpoints.find_run(config).checkpoint is None
         assert not (tmp_path / "fired").exists()
+
+    def test_shards_of_deepspeed_are_its_own(self, tmp_path):
+        unfinished, checkpoint = tmp_path / "unfinished", tmp_path / "checkpoint-1"
+        (unfinished / "global_step1").mkdir(parents=True)
+        (unfinished / "global_step1" / "mp_rank_00_model_states.pt").write_text("a")
+        snapshots.publish(unfinished, checkpoint)
+        assert snapshots.damage(checkpoint) is None
+        (checkpoint / "global_step1" / "other.pt").write_text("a")
+        assert snapshots.damage(checkpoint) == "global_step1/other.pt is pickled, and none of ours"
 
     def test_pickled_checkpoints_are_refused(self, stopped, config, tmp_path):
         older = stopped / "checkpoint-2"
@@ -424,6 +441,15 @@ class TestLock:
         check_free(tmp_path)
         os.close(end)
         os.waitpid(worker, 0)
+
+    def test_a_link_is_not_followed(self, tmp_path):
+        other, lock = tmp_path / "other.txt", tmp_path / ".lock"
+        other.write_text("kept")
+        lock.symlink_to(other)
+        for call in (check_free, lambda folder: locked(folder).__enter__()):
+            with pytest.raises(ConfigurationError, match=r"^output_dir: .*\.lock is a link; remove it"):
+                call(tmp_path)
+        assert other.read_text() == "kept"
 
     def test_a_run_that_began_in_the_meantime_is_not_set_aside(self, stopped, config, monkeypatch):
         begin = checkpoints.begin_run

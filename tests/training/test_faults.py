@@ -205,6 +205,17 @@ class TestFolder:
             train(config, At(2, lambda: shutil.rmtree(config.output_dir)), logging_steps=100)
         assert not Path(config.output_dir).exists()
 
+    def test_removed_at_the_end(self, config, monkeypatch):
+        def vanish(trainer):
+            shutil.rmtree(config.output_dir)
+            save_model(trainer)
+
+        save_model = BaseTrainer.save_model
+        monkeypatch.setattr(BaseTrainer, "save_model", vanish)
+        with pytest.raises(OutputError, match=r"run: cannot be written \(its folder is gone\)"):
+            train(config)
+        assert not Path(config.output_dir).exists()
+
     def test_moved_and_put_back(self, config, expected):
         run = Path(config.output_dir)
         with pytest.raises(OutputError, match="its folder is gone"):

@@ -1,6 +1,7 @@
 """Runs on data that is read as training goes on."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -53,6 +54,16 @@ def test_interrupted_and_resumed_equals_uninterrupted(model_dir, sft_file, tmp_p
     assert again.dataset["train"].counts == trainer.dataset["train"].counts
     epochs = [[entry["epoch"] for entry in t.trainer.state.log_history if "loss" in entry] for t in (trainer, again)]
     assert epochs[0] == epochs[1]
+
+
+def test_the_output_may_lie_in_the_data(model_dir, sft_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "WINDOW", 5)
+    (tmp_path / "data").mkdir()
+    shutil.copy(sft_file, tmp_path / "data")
+    config = streamed(model_dir, tmp_path / "data", tmp_path / "data" / "run", max_steps=8)
+    with pytest.raises(KeyboardInterrupt):
+        BaseTrainer(config.model_copy(update={"callbacks": [StopAfter(4)]})).train()
+    BaseTrainer(config).train()
 
 
 def test_two_processes_equal_one(model_dir, sft_file, tmp_path):

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from arabic_qwen.audit.statistics import diacritic_kinds
-from arabic_qwen.errors import ModelLoadError
-from arabic_qwen.models.safety import check_files, one_line
+from arabic_qwen.errors import ModelLoadError, one_line
+from arabic_qwen.models.safety import check_files
 from arabic_qwen.models.sources import locate_on_hub, resolve_model_name
 from arabic_qwen.text.dialects import DialectClassifier, load_classifier
 from arabic_qwen.text.normalization import normalize

@@ -98,7 +98,8 @@ class BadRows:
             if not self._found:
                 self.file.unlink(missing_ok=True)
                 return
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+            if not self._keeps:  # in a run the folder is there; one that vanished is not made again
+                self.file.parent.mkdir(parents=True, exist_ok=True)
         lines = [redact(json.dumps(entry, ensure_ascii=False, default=str)) + "\n" for entry in self._found.values()]
         # JSON's own escapes for halves of surrogate pairs, which UTF-8 lacks
         write_atomically(self.file, "".join(lines).encode("utf-8", "backslashreplace"))

@@ -36,7 +36,7 @@ SECONDS = 3.0
 _FILTERS = (
     *("abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "int", "items"),
     *("last", "length", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "safe", "select"),
-    *("selectattr", "string", "title", "trim", "truncate", "upper", "wordcount"),
+    *("selectattr", "string", "title", "trim", "truncate", "upper"),
 )
 
 _STR_METHODS = {
@@ -117,12 +117,13 @@ def _count(value: Any) -> Any:
     elif isinstance(value, Iterator):
         return map(_count, value)
     else:
+        _check_digits(value)
         _spent.add(0)
     return value
 
 
-def _check_digits(bits: int) -> None:
-    if bits > _LONGEST_NUMBER:
+def _check_digits(value: Any, power: int = 1) -> None:
+    if isinstance(value, int) and value.bit_length() * power > _LONGEST_NUMBER:
         raise SecurityError(f"it computes with numbers of more than {_LONGEST_NUMBER} bits")
 
 
@@ -237,6 +238,10 @@ class _Metering(NodeTransformer):
         node.nodes = [_filtered(part, "_counted") for part in node.nodes]
         return node
 
+    def visit_Const(self, node: nodes.Const) -> nodes.Const:
+        _check_digits(node.value)
+        return node
+
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Const:
         return nodes.Const(node.data, lineno=node.lineno, environment=node.environment)
 
@@ -248,7 +253,7 @@ def _filtered(node: Any, name: str) -> nodes.Filter:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(("+", "*", "**", "%"))
+    intercepted_binops = frozenset(("+", "-", "*", "/", "//", "**", "%"))
 
     def __init__(self) -> None:
         # Unoptimised: what is computed at compile time is not counted.
@@ -270,18 +275,17 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return attr in allowed if allowed is not None else super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        _check_digits(left)
+        _check_digits(right)
         if operator == "*":
             for one, times in ((left, right), (right, left)):
                 if isinstance(one, (str, list, tuple)) and isinstance(times, int):
                     _spent.add(len(one) * max(times, 0))
-        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            _check_digits(left.bit_length() * right)
+        elif operator == "**" and isinstance(right, int):
+            _check_digits(left, right)
         elif operator == "%" and isinstance(left, (str, bytes)):
             raise SecurityError("it formats text with %")
-        result = super().call_binop(context, operator, left, right)
-        if isinstance(result, int):
-            _check_digits(result.bit_length())
-        return _count(result)
+        return _count(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         _count(args)

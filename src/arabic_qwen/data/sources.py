@@ -19,12 +19,13 @@ from arabic_qwen.config.data import DataSource, data_sources
 from arabic_qwen.data.bad_rows import BadRow
 from arabic_qwen.data.layouts import are_messages
 from arabic_qwen.data.readers import FORMATS, Row, Rows, is_data_file, is_table, read_file, unreadable
-from arabic_qwen.errors import DatasetError
+from arabic_qwen.errors import DatasetError, one_line
 
 #: `dataset_path: sample:sft` and so on: small sets that come with the package.
 SAMPLES = ("sft", "dpo", "kto")
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+_SAVED = ("dataset_dict.json", "state.json")  # of `datasets.save_to_disk`
 _PROBE_SECONDS = 5  # the hub must answer within
 
 # CSV cells are text; in these columns JSON stands for what it says.
@@ -67,7 +68,7 @@ def _identity(source: DataSource) -> list[str]:
     name = source.path
     path = _sample(name) if name.startswith("sample:") else Path(name).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
+        files = _files(path)
     elif path.exists() or is_data_file(name):
         files = [path]
     else:
@@ -173,15 +174,25 @@ def _sample(name: str) -> Path:
     return Path(str(files("arabic_qwen") / "assets" / f"{sample}.jsonl"))
 
 
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _SAVED)
+
+
+def _files(folder: Path) -> list[Path]:
+    """What is read of a folder: an output folder may lie in it."""
+    if _is_saved(folder):
+        return sorted(path for path in folder.rglob("*") if path.suffix == ".arrow" or path.name in _SAVED)
+    return sorted(path for path in folder.iterdir() if is_data_file(path.name))
+
+
 def _read_folder(folder: Path, source: DataSource) -> Iterator[tuple[str, Rows]]:
     """A folder written by `datasets.save_to_disk`, or the data files in a folder, by name."""
-    saved = {"dataset_dict.json", "state.json"} & {path.name for path in folder.iterdir()}
-    if not saved:
-        names = sorted(path.name for path in folder.iterdir() if is_data_file(path.name))
-        _check_inside(folder, [folder / name for name in names])
-        if not names:
+    if not _is_saved(folder):
+        found = _files(folder)
+        _check_inside(folder, found)
+        if not found:
             raise DatasetError(f"{folder}: holds no data files; they are named {FORMATS}")
-        yield from ((name, read_file(folder / name)) for name in names)
+        yield from ((path.name, read_file(path)) for path in found)
         return
     import datasets  # takes seconds, which those who read plain files need not wait
 
@@ -190,7 +201,7 @@ def _read_folder(folder: Path, source: DataSource) -> Iterator[tuple[str, Rows]]
         _check_saved(folder)
         table = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever is wrong inside
-        raise DatasetError(f"{folder}: cannot be read as a saved data set ({_first_line(error)})") from None
+        raise DatasetError(f"{folder}: cannot be read as a saved data set ({one_line(error)})") from None
     if isinstance(table, datasets.DatasetDict):
         if source.split not in table:
             raise DatasetError(
@@ -200,7 +211,7 @@ def _read_folder(folder: Path, source: DataSource) -> Iterator[tuple[str, Rows]]
     try:
         table.data.validate(full=True)  # Arrow trusts the offsets in a file
     except ValueError as error:
-        raise DatasetError(f"{folder}: cannot be read as a saved data set ({_first_line(error)})") from None
+        raise DatasetError(f"{folder}: cannot be read as a saved data set ({one_line(error)})") from None
     yield str(folder), _numbered(str(folder), table)
 
 
@@ -237,10 +248,10 @@ def _load_from_hub(source: DataSource, stream: bool) -> Iterable[dict[str, Any]]
     except RepositoryNotFoundError:
         reason = "is neither a file or folder here nor a public set on the hub; check the name, or log in with `hf auth login`"
     except ValueError as error:  # an unknown split or configuration; the message lists those that there are
-        reason = f"{_first_line(error)}; in training set dataset_split and dataset_config"
+        reason = f"{one_line(error)}; in training set dataset_split and dataset_config"
     except Exception as error:
         reason = (
-            f"does not exist here, and the hub cannot be reached ({_first_line(error)}); check the path or the network"
+            f"does not exist here, and the hub cannot be reached ({one_line(error)}); check the path or the network"
         )
         if not is_offline_mode():
             reason += ", or set HF_HUB_OFFLINE=1 to use an earlier download"
@@ -252,8 +263,4 @@ def _numbered(name: str, rows: Iterable[Any]) -> Rows:
         for number, values in enumerate(rows, 1):
             yield Row(f"{name}:row {number}", dict(values))
     except Exception as error:  # a damaged file, or a lost connection
-        raise DatasetError(f"{name}: cannot be read to its end ({_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DatasetError(f"{name}: cannot be read to its end ({one_line(error)})") from None

@@ -33,7 +33,7 @@ class GroupStream:
         read: Callable[[], Rows],
         encode: Callable[[list[Row | BadRow]], GroupDataset],
         bad_rows: BadRows,
-        identify: Callable[[], list[str]] = list,
+        identify: Callable[[], list[str]],
     ):
         self._read = read
         self._encode = encode

@@ -101,9 +101,18 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def load_adapter(model: PreTrainedModel, path: str, *, trainable: bool = False) -> PeftModel:
-    """Put a saved adapter on its base model, which gets the token rows that the adapter was trained with."""
+    """Put a saved adapter on its base model, which gets the token rows that the adapter was trained with.
+
+    Raises:
+        ValueError: it names rows far beyond those of the base.
+    """
     rows: Any = PeftConfig.from_pretrained(path).to_dict().get("trainable_token_indices") or {}
-    grow_embedding(model, 1 + max((index for indices in rows.values() for index in indices), default=-1))
+    needed = 1 + max((index for indices in rows.values() for index in indices), default=-1)
+    embedding: Any = model.get_input_embeddings()
+    most = embedding.weight.shape[0] + max(map(len, rows.values()), default=0)
+    if needed > most:
+        raise ValueError(f"trainable_token_indices names row {needed - 1}, but base and adapter have {most} rows")
+    grow_embedding(model, needed)
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         torch.manual_seed(_DECOMPOSITION_SEED)  # of a checkpoint with PiSSA: PEFT changes the base again
         return _adjusted(PeftModel.from_pretrained(model, path, is_trainable=trainable))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,7 +25,7 @@ from arabic_qwen.models.fp8 import convert_to_fp8
 from arabic_qwen.models.precision import check_fp8, compute_dtype, device, keep_quantized_layout, quantization
 from arabic_qwen.models.safety import read_json, refuse_pickle
 from arabic_qwen.models.scoring import enable_packed_forward
-from arabic_qwen.models.sources import is_adapter, load_error, locate_model, resolve_model_name
+from arabic_qwen.models.sources import base_of, is_adapter, load_error, locate_model, resolve_model_name
 
 # Or transformers asks a service to convert weights that are pickled on the hub, and loads what that answers.
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
@@ -144,10 +144,7 @@ def _read_config(path: str) -> PreTrainedConfig:
 
 
 def _locate_base(name: str, adapter: str) -> str:
-    try:
-        base = str(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
-    except Exception as error:
-        raise load_error(name, "adapter", error) from error
+    base = base_of(adapter)
     try:
         return locate_model(base)
     except ModelLoadError as error:

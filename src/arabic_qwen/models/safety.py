@@ -12,19 +12,21 @@ from typing import Any
 import transformers
 from transformers.utils import cached_file
 
-from arabic_qwen.errors import ModelLoadError
+from arabic_qwen.errors import ModelLoadError, one_line
 
-#: Names of files that Python unpickles, which can run any code.
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+#: How names of files end that Python unpickles, which can run any code.
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
+
+_MOST_WAYS = 1000  # that a regular expression may offer
 
 _ATTENTION = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"}
 
 
 def pickled_weights(folder: Path) -> list[str]:
     """Names of the pickled files in the folder."""
-    found = {path.name for kind in PICKLED for path in folder.glob(kind)}
+    found = {path.name for path in folder.iterdir() if path.suffix in PICKLED}
     return sorted(found - {"training_args.bin"})  # no weights; it is never read
 
 
@@ -101,8 +103,17 @@ def _adapter(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _runs_long(pattern: Any) -> bool:
-    """Whether matching may take for ever; with one repetition it takes at most the square of a name's length."""
-    return not isinstance(pattern, str) or len(re.findall(r"[*+{]", pattern)) > 1
+    """Whether matching may take for ever.
+
+    With one repetition, of a single character, it takes at most the square of a name's length for each way through the
+    alternatives.
+    """
+    if not isinstance(pattern, str):
+        return True
+    plain = re.sub(r"\\.", "_", pattern, flags=re.DOTALL)
+    ways = math.prod(1 + part.count("|") for part in re.split(r"[()]", plain))
+    several = len(re.findall(r"(?<!\()[*+?{][?+]?", plain)) > 1
+    return several or ways > _MOST_WAYS or bool(re.search(r"\)[*+{]|\(\?[^:=!<]", plain))  # of groups, flags
 
 
 _PROBLEMS = dict(zip(FILES, (_model, _code, _tokenizer, _adapter), strict=True))
@@ -127,8 +138,8 @@ def check_sizes(name: str, config: Mapping[str, Any], shapes: Shapes | None) -> 
     """
     for key in _SIZES:
         value = config.get(key)
-        if value is not None and (type(value) is not int or value < 1):
-            raise _absurd(name, f"config.json: {key} is {value!r:.50}, not a whole number above 0")
+        if value is not None and (type(value) is not int or not 1 <= value <= _MOST_WEIGHTS):
+            raise _absurd(name, f"config.json: {key} is {value!r:.50}, not a whole number from 1 to {_MOST_WEIGHTS:,}")
     vocabulary, hidden, intermediate, _, layers, heads, kv_heads, _ = (config.get(key) or 1 for key in _SIZES)
     width = config.get("head_dim") or hidden // heads
     weights = vocabulary * hidden + layers * hidden * (3 * intermediate + 2 * (heads + kv_heads) * width)
@@ -140,7 +151,7 @@ def check_sizes(name: str, config: Mapping[str, Any], shapes: Shapes | None) -> 
 
 
 def check_ranks(name: str, config: Mapping[str, Any], shapes: Shapes) -> None:
-    """Raise ModelLoadError where adapter_config.json asks for larger adapters than its file of weights holds."""
+    """Raise ModelLoadError where adapter_config.json asks for larger adapters, or more rows, than its weights are."""
     pattern = config.get("rank_pattern")
     largest = max((min(shape, default=0) for key, shape in shapes.items() if ".lora_" in key), default=0)
     for rank in (config.get("r", 1), *(pattern.values() if isinstance(pattern, dict) else ())):
@@ -149,6 +160,15 @@ def check_ranks(name: str, config: Mapping[str, Any], shapes: Shapes) -> None:
                 f"adapter_config.json: r or rank_pattern is {rank!r:.50}, but its weights have rank {largest} at most"
             )
             raise _absurd(name, reason)
+    rows = {key: shape[0] for key, shape in shapes.items() if key.endswith(".trainable_tokens_delta") and shape}
+    indices = config.get("trainable_token_indices") or {}
+    if not isinstance(indices, dict) or any(
+        not isinstance(these, list)
+        or any(type(index) is not int or index < 0 for index in these)
+        or len(these) > max((n for key, n in rows.items() if f".{layer}." in key), default=0)
+        for layer, these in indices.items()
+    ):
+        raise _absurd(name, "adapter_config.json: trainable_token_indices names no rows, or more than its weights hold")
 
 
 def _absurd(name: str, reason: str) -> ModelLoadError:
@@ -164,7 +184,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ModelLoadError(f"{path}: holds no JSON object; download or copy it again")
     return values
-
-
-def one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -19,13 +19,12 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
-from arabic_qwen.errors import ModelLoadError
+from arabic_qwen.errors import ModelLoadError, one_line
 from arabic_qwen.models.safety import (
     PICKLED,
     check_files,
     check_ranks,
     check_sizes,
-    one_line,
     pickled_weights,
     read_json,
     refuse_pickle,
@@ -57,6 +56,17 @@ def is_adapter(name: str) -> bool:
     return (Path(resolve_model_name(name)) / "adapter_config.json").is_file()
 
 
+def base_of(adapter: str) -> str:
+    """The name of the model that an adapter's folder is for. Raises ModelLoadError where that is an adapter itself."""
+    base = str(read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path"))
+    if is_adapter(base):  # transformers would load it, unchecked, and what it is for
+        raise ModelLoadError(
+            f"{adapter}: adapter_config.json: base_model_name_or_path is {base}, an adapter itself; name the model that "
+            "it is for"
+        )
+    return base
+
+
 def is_run_output(name: str) -> bool:
     """Whether `name` is a folder that an earlier run wrote."""
     return (Path(name) / RUN_CONFIG).is_file()
@@ -72,7 +82,7 @@ def locate_model(name: str) -> str:
     """
     path = resolve_model_name(name)
     if Path(path).is_file():
-        if any(Path(path).match(kind) for kind in PICKLED):
+        if Path(path).suffix in PICKLED:
             raise refuse_pickle(name, Path(path).name)
         raise ModelLoadError(f"{name}: is a file; give the folder of the model that it belongs to")
     if not Path(path).is_dir():
@@ -101,8 +111,7 @@ def locate_configuration(name: str) -> str:
     """
     path = resolve_model_name(name)
     if is_adapter(path):
-        base = read_json(Path(path, "adapter_config.json")).get("base_model_name_or_path")
-        return locate_configuration(str(base))
+        return locate_configuration(base_of(path))
     if not (Path(path) / "config.json").is_file():
         return locate_model(name)
     check_files(name, path, ["config.json"])

@@ -376,7 +376,8 @@ class BaseTrainer(GenerationMixin):
             return
         config = self._validated()
         folder = Path(output_dir or config.resolved_output_dir)
-        with staged(folder, loading.saved_bytes(self.model, whole=config.merge_and_save)) as stage:
+        make = output_dir is not None or self.trainer is None  # a run has made its own
+        with staged(folder, loading.saved_bytes(self.model, whole=config.merge_and_save), make) as stage:
             adapter = loading.save_model(self.model, config, stage)
             self.tokenizer.save_pretrained(stage)
             config.model_copy(update={"output_dir": str(folder)}).to_yaml(stage / sources.RUN_CONFIG)

@@ -20,7 +20,8 @@ from arabic_qwen.data.bad_rows import BAD_ROWS_FILE, is_first_process
 from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.files import remove_folder, remove_unfinished, write_atomically
+from arabic_qwen.files import existing, remove_folder, remove_unfinished, write_atomically
+from arabic_qwen.models.safety import pickled_weights
 from arabic_qwen.models.sources import RUN_CONFIG
 from arabic_qwen.redaction import redact
 from arabic_qwen.training.lock import check_free, locked
@@ -66,8 +67,6 @@ _OF_THE_WEIGHTS = {
     "load_in_8bit",
     "optim",
 }
-
-_PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")  # of checkpoints of other programs
 
 
 class Run(NamedTuple):
@@ -168,8 +167,8 @@ def _newest_checkpoint(folder: Path, config: BaseConfig) -> str | None:
 
 
 def _check_not_pickled(checkpoint: Path) -> None:
-    pickled = [name for name in _PICKLED if (checkpoint / name).is_file()]
-    if pickled and not (checkpoint / MANIFEST).is_file():
+    pickled = pickled_weights(checkpoint)
+    if pickled and not (checkpoint / MANIFEST).is_file():  # so it is another program's
         raise ConfigurationError(
             f"{checkpoint}: holds pickled state ({pickled[0]}), which can run code when it is read and is not loaded; "
             "set resume_from_checkpoint to never to start again, or model_name to this folder and output_dir to "
@@ -244,7 +243,7 @@ def _check_data(checkpoint: Path, sums: Mapping[str, str]) -> None:
 
 def _check_writable(folder: Path) -> None:
     try:
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        there = existing(folder)
     except OSError as error:  # a name that is too long
         raise _not_writable(folder, error.strerror) from None
     if not there.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -36,12 +37,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock.
 
     Raises:
-        ConfigurationError: another process holds it.
+        ConfigurationError: another process holds it, or it is a link.
     """
     if not fcntl:
         yield
         return
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = _open(folder, os.O_RDWR | os.O_CREAT)
     _held.add(descriptor)
     try:
         _lock(folder, descriptor)
@@ -56,13 +57,24 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_free(folder: Path) -> None:
-    """Raise ConfigurationError where another process holds the folder's lock; changes nothing."""
+    """Raise ConfigurationError where another process holds the folder's lock, or it is a link; changes nothing."""
     if fcntl and (folder / LOCK_FILE).is_file():
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY)
+        descriptor = _open(folder, os.O_RDONLY)
         try:
             _lock(folder, descriptor)
         finally:
             os.close(descriptor)
+
+
+def _open(folder: Path, flags: int) -> int:
+    try:
+        return os.open(folder / LOCK_FILE, flags | os.O_NOFOLLOW, 0o644)  # or what it leads to would be emptied
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ConfigurationError(
+            f"output_dir: {folder / LOCK_FILE} is a link; remove it, or choose another output_dir"
+        ) from None
 
 
 def _lock(folder: Path, descriptor: int) -> None:

@@ -175,7 +175,8 @@ class ResumableTrainer(Trainer):
         with writing(checkpoint, needed):
             if self.args.should_save:
                 shutil.rmtree(unfinished, ignore_errors=True)
-                check_space(checkpoint, needed, "output_dir, or a lower save_total_limit")
+                remedy = "free some space there, choose another output_dir, or lower save_total_limit"
+                check_space(checkpoint, needed, remedy)
                 unfinished.mkdir()  # without parents: a folder that was removed or unmounted is not made again
             self.accelerator.wait_for_everyone()
             try:

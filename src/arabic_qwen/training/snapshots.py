@@ -9,11 +9,13 @@ import re
 from pathlib import Path
 
 from arabic_qwen.files import remove_folder, sync_files, sync_folder, write_atomically
+from arabic_qwen.models.safety import PICKLED
 
 MANIFEST = "manifest.json"  # of a checkpoint, written last: the SHA-256 of every other file
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+# What DeepSpeed and FSDP write themselves; only tensors and DeepSpeed's own records are read from it.
+_SHARDS = re.compile(r"global_step\d+/[^/]+\.pt|(optimizer|pytorch_model_fsdp)\w*\.bin")
 
 
 def find_checkpoints(run: Path) -> list[Path]:
@@ -46,8 +48,9 @@ def damage(checkpoint: Path) -> str | None:
             if _sha256(checkpoint / name) != sha256:
                 return f"{name} is damaged"
         for file in checkpoint.rglob("*"):  # Trainer would rather load such weights than safetensors
-            if file.suffix in _PICKLES and file.relative_to(checkpoint).as_posix() not in sums:
-                return f"{file.name} was not written with it"
+            name = file.relative_to(checkpoint).as_posix()
+            if file.suffix in PICKLED and not (name in sums and _SHARDS.fullmatch(name)):
+                return f"{name} is pickled, and none of ours"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, LookupError, TypeError, AttributeError):

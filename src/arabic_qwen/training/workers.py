@@ -29,8 +29,8 @@ def watched_workers() -> Iterator[None]:
         if killed or (raised and isinstance(error, MemoryError)):
             reason = killed[1] if killed else "had no memory left"
             raise TrainingError(
-                f"dataloader_num_workers: a data worker {reason}, most likely because memory ran out; set it to 0 or "
-                "lower, or free memory (in a container: give it more shared memory); then the same command goes on"
+                f"dataloader_num_workers: a data worker {reason}, most likely because memory ran out; lower it, or "
+                "set it to 0, or free memory (in a container: give it more shared memory); then the same command goes on"
             ) from None
         if raised and isinstance(error, TrainingError):
             raise type(error)(_own_message(text, type(error).__name__)) from None
