@@ -285,6 +285,24 @@ class TestRotation:
         assert os.listdir(tmp_path) == ["checkpoint-1"]
 
 
+def test_the_one_just_written_stays_beside_a_damaged_newer_one_and_the_best(stopped, config):
+    newer = stopped / "checkpoint-9"
+    shutil.copytree(stopped / "checkpoint-2", newer)
+    (newer / "progress.json").write_text("")
+    shutil.copytree(stopped / "checkpoint-2", stopped / "checkpoint-1")
+    saved = []
+
+    class Save(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            state.best_model_checkpoint = str(stopped / "checkpoint-1")
+
+        def on_save(self, args, state, control, **kwargs):
+            saved.append([path.name for path in snapshots.find_checkpoints(stopped)])
+
+    train(config, save_total_limit=1, callbacks=[Save()])
+    assert saved == [["checkpoint-9", "checkpoint-4", "checkpoint-1"]]
+
+
 def test_a_damaged_best_checkpoint_is_not_loaded(model_dir, sft_file, tmp_path, caplog):
     values = EXACT | dict(max_steps=3, metric_for_best_model="eval_loss", learning_rate=1e-9)
 

@@ -187,7 +187,7 @@ class ResumableTrainer(Trainer):
                 shutil.rmtree(unfinished, ignore_errors=True)
                 raise
             if self.args.should_save:
-                rotate(run, self.args.save_total_limit, {self.state.best_model_checkpoint or str(checkpoint)})
+                rotate(run, self.args.save_total_limit, {str(checkpoint), self.state.best_model_checkpoint or str(checkpoint)})
         self.accelerator.wait_for_everyone()
         self._saved_step = step
 
