@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
+import signal
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -135,6 +138,77 @@ def test_a_bad_first_step_changes_nothing(model_dir, sft_file, tmp_path):
         trainer.train()
     assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
     assert snapshots.find_checkpoints(tmp_path / "run") == []
+
+
+def test_a_signal_while_flags_are_read_saves_no_bad_step(model_dir, sft_file, tmp_path, monkeypatch):
+    read = guards.GuardedTrainer._read_judged
+
+    def then_signal(self, unread):
+        read(self, unread)
+        if unread and self.state.global_step == STEP:
+            self.stop.received = signal.SIGINT
+
+    monkeypatch.setattr(guards.GuardedTrainer, "_read_judged", then_signal)
+    config = sft_config(
+        model_dir, sft_file, tmp_path / "run", token_budget=1, per_device_train_batch_size=4, max_steps=5, packing=False,
+        save_steps=BIG, logging_steps=BIG, validation_split=0,
+    )  # fmt: skip
+    trainer = Faulty(config)
+    trainer.fault = nan_loss
+    with pytest.raises(TrainingError, match=f"step {STEP}: the loss is nan"):
+        trainer.train()
+    (checkpoint,) = snapshots.find_checkpoints(tmp_path / "run")
+    assert snapshots.step_of(checkpoint) == STEP - 1
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state["global_step"] == STEP - 1
+
+
+class Losses(guards.GuardedTrainer):
+    """Only what a step's judgement needs."""
+
+    _optimizer_can_skip = True
+
+    def __init__(self, loss_spikes="skip"):
+        self.args = SimpleNamespace(world_size=1, device=torch.device("cpu"))
+        self.accelerator = SimpleNamespace(scaler=None)
+        self.optimizer = SimpleNamespace(optimizer=SimpleNamespace())
+        self.state = SimpleNamespace(global_step=0)
+        self.loss_spikes = loss_spikes
+        self._judged, self._before = deque(), None
+        self._failed, self._recent, self._known = torch.tensor(False), torch.zeros(guards._WINDOW), 0
+
+    def skipped(self, losses):
+        """Which steps' updates are left out."""
+        found = []
+        for step, loss in enumerate(losses):
+            self.observe(torch.tensor(float(loss)), [], [])
+            self._judge(None, torch.tensor(1.0))
+            if self.optimizer.optimizer.found_inf:
+                found.append(step)
+        return found
+
+
+NOISE = [2 + 0.1 * math.sin(7 * n) for n in range(60)]
+
+
+@pytest.mark.parametrize(
+    "losses, expected",
+    [
+        ([0] * 60, []),
+        ([2] * 30 + [2.05] * 30, []),  # a level that was constant has no deviation
+        ([1e-6 + 1e-9 * n for n in range(30)] + [1e-3] * 30, []),
+        ([0] * 30 + [1] * 30, [30]),
+        (NOISE[:30] + [9] * 30, [30]),  # risen for good
+        (NOISE + [9] * 30, [60, 61]),
+        (NOISE[:30] + [4 + 0.3 * math.sin(5 * n) for n in range(60)], [30]),
+        (NOISE[:30] + [50] + NOISE[30:], [30]),
+        (NOISE[:30] + [50] + NOISE[30:35] + [60], [30, 36]),
+        (NOISE[:19] + [50], []),  # too few before it
+        ([-n for n in NOISE[:30]] + [5], [30]),
+    ],
+)
+def test_what_is_a_spike(losses, expected):
+    assert Losses().skipped(losses) == expected
 
 
 @pytest.mark.parametrize("loss_spikes", ["log", "skip"])
