@@ -201,10 +201,10 @@ NOISE = [2 + 0.1 * math.sin(7 * n) for n in range(60)]
         (NOISE[:30] + [9] * 30, [30]),  # risen for good
         (NOISE + [9] * 30, [60, 61]),
         (NOISE[:30] + [4 + 0.3 * math.sin(5 * n) for n in range(60)], [30]),
-        (NOISE[:30] + [50] + NOISE[30:], [30]),
-        (NOISE[:30] + [50] + NOISE[30:35] + [60], [30, 36]),
-        (NOISE[:19] + [50], []),  # too few before it
-        ([-n for n in NOISE[:30]] + [5], [30]),
+        ([*NOISE[:30], 50, *NOISE[30:]], [30]),
+        ([*NOISE[:30], 50, *NOISE[30:35], 60], [30, 36]),
+        ([*NOISE[:19], 50], []),  # too few before it
+        ([*(-n for n in NOISE[:30]), 5], [30]),
     ],
 )
 def test_what_is_a_spike(losses, expected):

@@ -187,7 +187,8 @@ class ResumableTrainer(Trainer):
                 shutil.rmtree(unfinished, ignore_errors=True)
                 raise
             if self.args.should_save:
-                rotate(run, self.args.save_total_limit, {str(checkpoint), self.state.best_model_checkpoint or str(checkpoint)})
+                best = self.state.best_model_checkpoint
+                rotate(run, self.args.save_total_limit, {str(checkpoint), best or str(checkpoint)})
         self.accelerator.wait_for_everyone()
         self._saved_step = step
 
