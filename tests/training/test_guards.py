@@ -11,12 +11,14 @@ from typing import ClassVar
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from arabic_qwen.errors import TrainingError
 from arabic_qwen.training import guards, snapshots
 from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.engine import PackedTrainer
 from tests.training.preference_runs import gradients_of, preference_config, ready, write_data
+from tests.training.test_base_trainer import CustomTrainer
 from tests.training.test_checkpoints import EXACT, outcome
 from tests.training.test_engine import sft_config
 
@@ -356,3 +358,33 @@ def test_of_several_processes_each_is_told_what_to_set(model_dir, sft_file, tmp_
         patch.setattr(type(engine.args), "world_size", property(lambda self: 2))
         with pytest.raises(TrainingError, match=r"process \d; set token_budget to \d+ \(it is 512\)"):
             engine._within_memory(step, None, compute, lambda: None)
+
+
+def test_a_trainer_that_is_not_ours_makes_no_bad_update_either(model_dir, sft_file, tmp_path):
+    config = sft_config(model_dir, sft_file, tmp_path / "run", max_steps=3, save_steps=1, validation_split=0)
+
+    class Nan(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == 1:
+                model.get_input_embeddings().register_forward_hook(lambda module, args, output: output * math.nan)
+
+    config.callbacks = [Nan()]
+    trainer = CustomTrainer(config)
+    with pytest.raises(TrainingError, match=r"step 2: the gradient's norm is nan; this update is not made"):
+        trainer.train()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert [snapshots.step_of(path) for path in snapshots.find_checkpoints(tmp_path / "run")] == [1]
+
+
+def test_out_of_memory_in_what_cannot_be_cut(model_dir, sft_file, tmp_path, monkeypatch):
+    def none_left(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    trainer = BaseTrainer(sft_config(model_dir, sft_file, tmp_path / "run", validation_split=0.5))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", none_left)
+        with pytest.raises(TrainingError, match=r"^out of memory \(CUDA .* 2 GiB\); lower token_budget"):
+            trainer.train()
+    monkeypatch.setattr(PackedTrainer, "_measure", none_left)
+    with pytest.raises(TrainingError, match=r"^out of memory .* eval_samples"):
+        trainer.evaluate()

@@ -16,9 +16,11 @@ from typing import Any, Literal, NoReturn
 import torch
 from accelerate.utils import gather_object
 
+from arabic_qwen.config import BaseConfig
 from arabic_qwen.data.places import Places, name_rows
 from arabic_qwen.errors import TrainingError
 from arabic_qwen.training.resumable import ResumableTrainer
+from arabic_qwen.training.signals import StopOnSignal
 
 logger = logging.getLogger(__name__)
 
@@ -223,3 +225,26 @@ class GuardedTrainer(ResumableTrainer):
         self._due = None  # it was of the step that is taken back
         self._save_checkpoint(self.model, None)
         return f", in {self.args.output_dir}/checkpoint-{before['step']}"
+
+
+class WaitingTrainer(ResumableTrainer):
+    """Looks at the gradient of each step before its update: for trainers that do not :meth:`~GuardedTrainer.observe`."""
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaled = self.accelerator.scaler is not None or self.is_deepspeed_enabled  # which skip such updates themselves
+        if not scaled and not math.isfinite(grad_norm):
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: the gradient's norm is {float(grad_norm)}; this update is not made, and "
+                "the run goes on from its last checkpoint. Correct the data, lower learning_rate, or set torch_dtype to "
+                "float32, and go on with resume_changed=true"
+            )
+        return grad_norm
+
+
+def make_resumable(trainer: Any, config: BaseConfig, sums: dict[str, str], stop: StopOnSignal) -> None:
+    """Give a trainer what :class:`ResumableTrainer` needs; one of another class is guarded by waiting."""
+    if not isinstance(trainer, ResumableTrainer):
+        trainer.__class__ = type(type(trainer).__name__, (WaitingTrainer, type(trainer)), {})
+    trainer.run_config, trainer.data_sums, trainer.stop = config, sums, stop
+    trainer.add_callback(stop)
