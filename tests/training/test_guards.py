@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from arabic_qwen.data.places import name_rows
 from arabic_qwen.errors import TrainingError
 from arabic_qwen.training import guards, snapshots
 from arabic_qwen.training.base_trainer import BaseTrainer
@@ -20,7 +21,7 @@ from arabic_qwen.training.engine import PackedTrainer
 from tests.training.preference_runs import gradients_of, preference_config, ready, write_data
 from tests.training.test_base_trainer import CustomTrainer
 from tests.training.test_checkpoints import EXACT, outcome
-from tests.training.test_engine import sft_config
+from tests.training.test_engine import StopAfter, sft_config
 
 
 class Faulty(BaseTrainer):
@@ -131,6 +132,43 @@ def test_what_is_not_finite_stays_out(
     }
 
 
+@pytest.mark.parametrize("case", ["kto", "aot"])
+def test_not_finite_in_a_pass_without_gradients(case, model_dir, tmp_path, seen, monkeypatch):
+    """KTO's divergence spoils every micro-batch's loss, so all of the step's rows are named."""
+    method = "dpo" if case == "aot" else "kto"
+    data = write_data(method, tmp_path)
+    settings = dict(loss_type="aot") if case == "aot" else {}
+    config = preference_config(
+        method, model_dir, data, tmp_path / "run", token_budget=1, save_steps=BIG, logging_steps=BIG, **settings
+    )
+    score, passes = PackedTrainer._score, []
+
+    def nan_score(self, model, batch, *args):
+        scores = score(self, model, batch, *args)
+        if len(seen) == STEP - 1 and not torch.is_grad_enabled():
+            passes.append(batch)
+            if len(passes) == 2:
+                scores.policy = scores.policy * math.nan
+        return scores
+
+    monkeypatch.setattr(PackedTrainer, "_score", nan_score)
+    trainer = BaseTrainer(config)
+    weights = {}
+
+    class Before(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == STEP - 2:
+                weights.update({name: p.detach().clone() for name, p in model.named_parameters()})
+
+    trainer.config.callbacks = [Before()]
+    with pytest.raises(TrainingError) as info:
+        trainer.train()
+    step = seen[STEP - 2]
+    rows = step.rows[1] if case == "aot" else [group.row for group in step.groups]
+    assert f"step {STEP - 1}: the loss is nan, in {name_rows(trainer.trainer._places, rows)}; " in str(info.value)
+    assert all(torch.equal(weights[name], p) for name, p in trainer.model.named_parameters())
+
+
 def test_a_bad_first_step_changes_nothing(model_dir, sft_file, tmp_path):
     trainer = Faulty(sft_config(model_dir, sft_file, tmp_path / "run", max_steps=1))
     trainer.fault = lambda call, losses: losses * math.nan
@@ -237,6 +275,20 @@ def test_spikes_are_told_and_left_out(loss_spikes, optim, model_dir, sft_file, t
 
     assert (saved(3) == saved(4)) == (loss_spikes == "skip")
     assert saved(4)[0] != saved(5)[0]
+
+
+def test_the_level_is_known_after_a_resume(model_dir, sft_file, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(guards, "_FEWEST", 3)
+    config = sft_config(
+        model_dir, sft_file, tmp_path / "run", max_steps=5, save_steps=1, loss_spikes="skip", validation_split=0
+    )
+    cut = Faulty(config.model_copy(update={"callbacks": [StopAfter(3)]}))
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    trainer = Faulty(config)
+    trainer.fault = lambda call, losses: losses + (100 if call == 1 else 0)
+    trainer.train()
+    assert [text[:7] for text in caplog.messages if "far above" in text] == ["step 4:"]
 
 
 @pytest.mark.parametrize("case, calls", [("sft", 0), ("dpo", 4), ("kto", 8), ("aot", 8)])  # before the first gradient
