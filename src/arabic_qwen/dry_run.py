@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.data.stream import GroupStream
-from arabic_qwen.errors import DatasetError, TrainingError
+from arabic_qwen.errors import DatasetError
 from arabic_qwen.training import checkpoints
 from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.engine import PackedTrainer, Step
@@ -150,18 +150,12 @@ def _measure(engine: PackedTrainer) -> Measured:
         tokens += group.num_tokens
     engine.sequence_capacity, engine.args.gradient_accumulation_steps = None, 1
     engine.callback_handler.callbacks = [meter := _Meter()]
-    engine.backs_off = False
     for groups in (sample[:1], sample):  # the first pass also brings in weights and kernels
         engine.train_groups, engine.args.per_device_train_batch_size = groups, len(groups)
         try:
             engine.train()
         except _Stop:
             engine.model.zero_grad()  # sets gradients to None
-        except torch.OutOfMemoryError:
-            raise TrainingError(
-                f"a batch of {tokens:,} tokens does not fit into this GPU's memory; lower token_budget (it is "
-                f"{engine.token_budget:,}), set gradient_checkpointing or load_in_4bit to true, or choose a smaller model"
-            ) from None
     return Measured(tokens, meter.seconds, meter.resident, meter.peak)
 
 

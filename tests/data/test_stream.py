@@ -27,11 +27,12 @@ def numbers(count: int) -> GroupStream:
     rows = [Row(f"f:{i}", {"n": i}) if i % 5 != 3 else BadRow(f"f:{i}", "bad", None) for i in range(count)]
     bad_rows = BadRows(9, Path("unused"))
 
-    def encode(some):
+    def encode(some, carried):
         for row in some:
             if isinstance(row, BadRow):
                 bad_rows.add(row)
-        return Numbers([row.values["n"] for row in some if isinstance(row, Row)])
+        window = Numbers([row.values["n"] for row in some if isinstance(row, Row)])
+        return window, (carried or 0) + len(window)
 
     return GroupStream(lambda: iter(rows), encode, bad_rows, list)
 
@@ -42,6 +43,7 @@ def test_windows_over_and_over():
     assert [(place["pass"], place["window"]) for place, _ in found] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     assert [place["counts"] for place, _ in found[:3]] == [{}, {"rows": 3, "longest": 2}, {"rows": 7, "longest": 7}]
     assert [place["bad_rows"] for place, _ in found[:4]] == [[], ["f:3"], ["f:3"], ["f:3", "f:8"]]
+    assert [place["carried"] for place, _ in found] == [None, 3, 7, 8, 11]
 
 
 @pytest.mark.parametrize("start", range(8))
@@ -60,7 +62,7 @@ def test_rows_are_read_as_they_are_needed():
             read.append(i)
             yield Row(f"f:{i}", {})
 
-    windows = GroupStream(rows, lambda some: Numbers([1] * len(some)), BadRows(), list).windows({})
+    windows = GroupStream(rows, lambda some, _: (Numbers([1] * len(some)), None), BadRows(), list).windows({})
     next(windows), next(windows)
     assert len(read) == 8
 
@@ -68,4 +70,4 @@ def test_rows_are_read_as_they_are_needed():
 @pytest.mark.parametrize("rows", [[], [BadRow("f:1", "bad", None)]])
 def test_nothing_to_train_on(rows):
     with pytest.raises(DatasetError, match="no rows are left to train on"):
-        next(GroupStream(lambda: iter(rows), lambda some: Numbers([]), BadRows(), list).windows({}))
+        next(GroupStream(lambda: iter(rows), lambda some, _: (Numbers([]), None), BadRows(), list).windows({}))

@@ -302,6 +302,24 @@ class TestRotation:
         assert os.listdir(tmp_path) == ["checkpoint-1"]
 
 
+def test_the_one_just_written_stays_beside_a_damaged_newer_one_and_the_best(stopped, config):
+    newer = stopped / "checkpoint-9"
+    shutil.copytree(stopped / "checkpoint-2", newer)
+    (newer / "progress.json").write_text("")
+    shutil.copytree(stopped / "checkpoint-2", stopped / "checkpoint-1")
+    saved = []
+
+    class Save(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            state.best_model_checkpoint = str(stopped / "checkpoint-1")
+
+        def on_save(self, args, state, control, **kwargs):
+            saved.append([path.name for path in snapshots.find_checkpoints(stopped)])
+
+    train(config, save_total_limit=1, callbacks=[Save()])
+    assert saved == [["checkpoint-9", "checkpoint-4", "checkpoint-1"]]
+
+
 def test_a_damaged_best_checkpoint_is_not_loaded(model_dir, sft_file, tmp_path, caplog):
     values = EXACT | dict(max_steps=3, metric_for_best_model="eval_loss", learning_rate=1e-9)
 
@@ -363,6 +381,13 @@ class TestChanges:
         assert begun_at(train(config, resume_changed=True)) == 2
 
 
+def empty_progress(checkpoint):
+    (checkpoint / "progress.json").write_text("{}")
+    (checkpoint / "manifest.json").unlink()
+    sums = {file.name: snapshots._sha256(file) for file in checkpoint.iterdir()}
+    (checkpoint / "manifest.json").write_text(json.dumps({"sha256": sums}))
+
+
 class TestChoice:
     def test_never_sets_the_run_aside(self, stopped, config, tmp_path, caplog):
         assert begun_at(train(config, resume_from_checkpoint="never")) == 0
@@ -393,6 +418,7 @@ class TestChoice:
             (shutil.rmtree, "does not exist; give auto, never or a"),
             (lambda path: (path / "random.json").unlink(), "random.json is missing; choose another"),
             (lambda path: None, r"lora_r: 16 → 8"),
+            (empty_progress, r"its progress.json is not as this program writes it; set resume_from_checkpoint"),
         ],
     )
     def test_one_that_cannot_be_gone_on_from(self, stopped, config, tmp_path, break_it, reason):
@@ -469,12 +495,20 @@ class TestLock:
         check_free(stopped)
 
 
-def test_the_token_budget_of_the_checkpoint_stays(stopped, config):
-    progress = json.loads((stopped / "checkpoint-2" / "progress.json").read_text())
-    assert progress["trainer"]["token_budget"] == 2048
-    trainer = train(config, token_budget=64)
-    assert trainer.token_budget == 64
-    assert json.loads((stopped / "checkpoint-4" / "progress.json").read_text())["trainer"]["token_budget"] == 64
+@pytest.mark.parametrize("given, found", [(None, 512), (64, 64), (4096, 4096)])
+def test_the_token_budget_of_the_checkpoint_stays_until_another_is_set(model_dir, sft_file, tmp_path, given, found):
+    config = sft_config(model_dir, sft_file, tmp_path / "run", max_steps=3, save_steps=1, validation_split=0)
+
+    class BackOff(StopAfter):
+        def on_step_begin(self, *args, **kwargs):
+            trainer.trainer.token_budget = 512
+
+    trainer = BaseTrainer(config.model_copy(update={"callbacks": [BackOff(2)]}))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert train(config, token_budget=given).token_budget == found
+    progress = json.loads((tmp_path / "run" / "checkpoint-3" / "progress.json").read_text())
+    assert progress["trainer"]["token_budget"] == found
 
 
 def test_a_trainer_that_is_not_ours_goes_on_exactly_too(config, tmp_path, caplog):

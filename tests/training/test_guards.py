@@ -3,19 +3,25 @@
 import dataclasses
 import json
 import math
+import signal
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
+from arabic_qwen.data.places import name_rows
 from arabic_qwen.errors import TrainingError
 from arabic_qwen.training import guards, snapshots
 from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.engine import PackedTrainer
 from tests.training.preference_runs import gradients_of, preference_config, ready, write_data
+from tests.training.test_base_trainer import CustomTrainer
 from tests.training.test_checkpoints import EXACT, outcome
-from tests.training.test_engine import sft_config
+from tests.training.test_engine import StopAfter, sft_config
 
 
 class Faulty(BaseTrainer):
@@ -126,6 +132,43 @@ def test_what_is_not_finite_stays_out(
     }
 
 
+@pytest.mark.parametrize("case", ["kto", "aot"])
+def test_not_finite_in_a_pass_without_gradients(case, model_dir, tmp_path, seen, monkeypatch):
+    """KTO's divergence spoils every micro-batch's loss, so all of the step's rows are named."""
+    method = "dpo" if case == "aot" else "kto"
+    data = write_data(method, tmp_path)
+    settings = dict(loss_type="aot") if case == "aot" else {}
+    config = preference_config(
+        method, model_dir, data, tmp_path / "run", token_budget=1, save_steps=BIG, logging_steps=BIG, **settings
+    )
+    score, passes = PackedTrainer._score, []
+
+    def nan_score(self, model, batch, *args):
+        scores = score(self, model, batch, *args)
+        if len(seen) == STEP - 1 and not torch.is_grad_enabled():
+            passes.append(batch)
+            if len(passes) == 2:
+                scores.policy = scores.policy * math.nan
+        return scores
+
+    monkeypatch.setattr(PackedTrainer, "_score", nan_score)
+    trainer = BaseTrainer(config)
+    weights = {}
+
+    class Before(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == STEP - 2:
+                weights.update({name: p.detach().clone() for name, p in model.named_parameters()})
+
+    trainer.config.callbacks = [Before()]
+    with pytest.raises(TrainingError) as info:
+        trainer.train()
+    step = seen[STEP - 2]
+    rows = step.rows[1] if case == "aot" else [group.row for group in step.groups]
+    assert f"step {STEP - 1}: the loss is nan, in {name_rows(trainer.trainer._places, rows)}; " in str(info.value)
+    assert all(torch.equal(weights[name], p) for name, p in trainer.model.named_parameters())
+
+
 def test_a_bad_first_step_changes_nothing(model_dir, sft_file, tmp_path):
     trainer = Faulty(sft_config(model_dir, sft_file, tmp_path / "run", max_steps=1))
     trainer.fault = lambda call, losses: losses * math.nan
@@ -135,6 +178,77 @@ def test_a_bad_first_step_changes_nothing(model_dir, sft_file, tmp_path):
         trainer.train()
     assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
     assert snapshots.find_checkpoints(tmp_path / "run") == []
+
+
+def test_a_signal_while_flags_are_read_saves_no_bad_step(model_dir, sft_file, tmp_path, monkeypatch):
+    read = guards.GuardedTrainer._read_judged
+
+    def then_signal(self, unread):
+        read(self, unread)
+        if unread and self.state.global_step == STEP:
+            self.stop.received = signal.SIGINT
+
+    monkeypatch.setattr(guards.GuardedTrainer, "_read_judged", then_signal)
+    config = sft_config(
+        model_dir, sft_file, tmp_path / "run", token_budget=1, per_device_train_batch_size=4, max_steps=5, packing=False,
+        save_steps=BIG, logging_steps=BIG, validation_split=0,
+    )  # fmt: skip
+    trainer = Faulty(config)
+    trainer.fault = nan_loss
+    with pytest.raises(TrainingError, match=f"step {STEP}: the loss is nan"):
+        trainer.train()
+    (checkpoint,) = snapshots.find_checkpoints(tmp_path / "run")
+    assert snapshots.step_of(checkpoint) == STEP - 1
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state["global_step"] == STEP - 1
+
+
+class Losses(guards.GuardedTrainer):
+    """Only what a step's judgement needs."""
+
+    _optimizer_can_skip = True
+
+    def __init__(self, loss_spikes="skip"):
+        self.args = SimpleNamespace(world_size=1, device=torch.device("cpu"))
+        self.accelerator = SimpleNamespace(scaler=None)
+        self.optimizer = SimpleNamespace(optimizer=SimpleNamespace())
+        self.state = SimpleNamespace(global_step=0)
+        self.loss_spikes = loss_spikes
+        self._judged, self._before = deque(), None
+        self._failed, self._recent, self._known = torch.tensor(False), torch.zeros(guards._WINDOW), 0
+
+    def skipped(self, losses):
+        """Which steps' updates are left out."""
+        found = []
+        for step, loss in enumerate(losses):
+            self.observe(torch.tensor(float(loss)), [], [])
+            self._judge(None, torch.tensor(1.0))
+            if self.optimizer.optimizer.found_inf:
+                found.append(step)
+        return found
+
+
+NOISE = [2 + 0.1 * math.sin(7 * n) for n in range(60)]
+
+
+@pytest.mark.parametrize(
+    "losses, expected",
+    [
+        ([0] * 60, []),
+        ([2] * 30 + [2.05] * 30, []),  # a level that was constant has no deviation
+        ([1e-6 + 1e-9 * n for n in range(30)] + [1e-3] * 30, []),
+        ([0] * 30 + [1] * 30, [30]),
+        (NOISE[:30] + [9] * 30, [30]),  # risen for good
+        (NOISE + [9] * 30, [60, 61]),
+        (NOISE[:30] + [4 + 0.3 * math.sin(5 * n) for n in range(60)], [30]),
+        ([*NOISE[:30], 50, *NOISE[30:]], [30]),
+        ([*NOISE[:30], 50, *NOISE[30:35], 60], [30, 36]),
+        ([*NOISE[:19], 50], []),  # too few before it
+        ([*(-n for n in NOISE[:30]), 5], [30]),
+    ],
+)
+def test_what_is_a_spike(losses, expected):
+    assert Losses().skipped(losses) == expected
 
 
 @pytest.mark.parametrize("loss_spikes", ["log", "skip"])
@@ -161,6 +275,20 @@ def test_spikes_are_told_and_left_out(loss_spikes, optim, model_dir, sft_file, t
 
     assert (saved(3) == saved(4)) == (loss_spikes == "skip")
     assert saved(4)[0] != saved(5)[0]
+
+
+def test_the_level_is_known_after_a_resume(model_dir, sft_file, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(guards, "_FEWEST", 3)
+    config = sft_config(
+        model_dir, sft_file, tmp_path / "run", max_steps=5, save_steps=1, loss_spikes="skip", validation_split=0
+    )
+    cut = Faulty(config.model_copy(update={"callbacks": [StopAfter(3)]}))
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    trainer = Faulty(config)
+    trainer.fault = lambda call, losses: losses + (100 if call == 1 else 0)
+    trainer.train()
+    assert [text[:7] for text in caplog.messages if "far above" in text] == ["step 4:"]
 
 
 @pytest.mark.parametrize("case, calls", [("sft", 0), ("dpo", 4), ("kto", 8), ("aot", 8)])  # before the first gradient
@@ -282,3 +410,33 @@ def test_of_several_processes_each_is_told_what_to_set(model_dir, sft_file, tmp_
         patch.setattr(type(engine.args), "world_size", property(lambda self: 2))
         with pytest.raises(TrainingError, match=r"process \d; set token_budget to \d+ \(it is 512\)"):
             engine._within_memory(step, None, compute, lambda: None)
+
+
+def test_a_trainer_that_is_not_ours_makes_no_bad_update_either(model_dir, sft_file, tmp_path):
+    config = sft_config(model_dir, sft_file, tmp_path / "run", max_steps=3, save_steps=1, validation_split=0)
+
+    class Nan(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == 1:
+                model.get_input_embeddings().register_forward_hook(lambda module, args, output: output * math.nan)
+
+    config.callbacks = [Nan()]
+    trainer = CustomTrainer(config)
+    with pytest.raises(TrainingError, match=r"step 2: the gradient's norm is nan; this update is not made"):
+        trainer.train()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert [snapshots.step_of(path) for path in snapshots.find_checkpoints(tmp_path / "run")] == [1]
+
+
+def test_out_of_memory_in_what_cannot_be_cut(model_dir, sft_file, tmp_path, monkeypatch):
+    def none_left(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    trainer = BaseTrainer(sft_config(model_dir, sft_file, tmp_path / "run", validation_split=0.5))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", none_left)
+        with pytest.raises(TrainingError, match=r"^out of memory \(CUDA .* 2 GiB\); lower token_budget"):
+            trainer.train()
+    monkeypatch.setattr(PackedTrainer, "_measure", none_left)
+    with pytest.raises(TrainingError, match=r"^out of memory .* eval_samples"):
+        trainer.evaluate()

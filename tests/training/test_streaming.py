@@ -66,6 +66,21 @@ def test_the_output_may_lie_in_the_data(model_dir, sft_file, tmp_path, monkeypat
     BaseTrainer(config).train()
 
 
+def test_kto_goes_on_in_a_window_with_one_prompt(model_dir, tmp_path, monkeypatch):
+    """It needs answers of the window before, which is not read again."""
+    monkeypatch.setattr(stream, "WINDOW", 4)
+    rows = [{"prompt": f"س{i}", "completion": f"ج{i}", "label": i % 2 == 0} for i in range(9)]
+    data = write_rows(tmp_path / "rows.jsonl", [*rows, rows[-1] | {"completion": "ج"}])  # the last two alike
+    values = dict(streaming=True, max_steps=7, per_device_train_batch_size=2, lora_dropout=0.1, save_steps=1)
+    whole, _ = run(preference_config("kto", model_dir, data, tmp_path / "whole", **values))
+    config = preference_config("kto", model_dir, data, tmp_path / "cut", **values)
+    with pytest.raises(KeyboardInterrupt):
+        run(config.model_copy(update={"callbacks": [StopAfter(5)]}))
+    resumed, again = run(config)
+    assert again.trainer._initial_global_step == 5
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_two_processes_equal_one(model_dir, sft_file, tmp_path):
     values = dict(max_steps=7, save_steps=100, eval_steps=100)  # 12 rows are 6 steps; the seventh is of the next pass
     one, _ = trained_weights(streamed(model_dir, sft_file, tmp_path / "one", **values))

@@ -131,7 +131,8 @@ class DataLoader:
     def _stream_rows(self) -> Rows:
         return read_rows(self.config, self.config.dataset_path, stream=True)
 
-    def _encode_window(self, rows: list[Row | BadRow]) -> GroupDataset:
+    def _encode_window(self, rows: list[Row | BadRow], carried: Any) -> tuple[GroupDataset, Any]:
+        """The window, and what the next one needs of those before, as JSON can hold it."""
         examples = list(self._examples(self._normalizer.rows(rows), self.bad_rows))
         if self.check_columns and (problem := self._normalizer.missing_columns()):
             logger.warning("%s (so far; later rows may have others)", problem)
@@ -140,7 +141,7 @@ class DataLoader:
         dataset = self._train_set(examples)
         if not self._reported and len(dataset):
             self._report("train, the first rows", dataset)
-        return dataset
+        return dataset, None
 
     def _report(self, name: str, dataset: GroupDataset) -> None:
         logger.info("%s: %s", name, dataset.summary())
@@ -381,6 +382,16 @@ class KTODataLoader(_PreferenceDataLoader):
                 room = self.max_tokens - len(group.prompt)
                 groups[index] = group._replace(mismatched=Completion(ids[:room], targets[:room]))
         self._seen = [groups[0], *(group for group in groups if not np.array_equal(group.prompt, groups[0].prompt))][:2]
+
+    def _encode_window(self, rows: list[Row | BadRow], carried: Any) -> tuple[GroupDataset, Any]:
+        if carried is not None:
+            self._seen = [
+                Group(np.array(prompt, np.int32), (Completion(np.array(ids, np.int32), np.array(targets, bool)),))
+                for prompt, ids, targets in carried
+            ]
+        dataset, _ = super()._encode_window(rows, carried)
+        answers = [(group.prompt, *group.completions[0]) for group in self._seen]
+        return dataset, [[part.tolist() for part in answer] for answer in answers]
 
     def _train_set(self, examples: list[Example]) -> GroupDataset:
         dataset = super()._train_set(examples)

@@ -20,7 +20,8 @@ class GroupStream:
 
     Args:
         read: opens the rows from their beginning.
-        encode: checks and encodes a window of rows.
+        encode: checks and encodes a window of rows, with what it gave of the window before, or None: (window, what the next
+            one needs, as JSON can hold it).
         bad_rows: where it puts the rows that cannot be used.
         identify: says what the rows are read from, the same as long as that is not changed.
 
@@ -31,7 +32,7 @@ class GroupStream:
     def __init__(
         self,
         read: Callable[[], Rows],
-        encode: Callable[[list[Row | BadRow]], GroupDataset],
+        encode: Callable[[list[Row | BadRow], Any], tuple[GroupDataset, Any]],
         bad_rows: BadRows,
         identify: Callable[[], list[str]],
     ):
@@ -45,7 +46,8 @@ class GroupStream:
     def windows(self, start: dict[str, Any]) -> Iterator[tuple[dict[str, Any], GroupDataset]]:
         """(place, window) from `start` on, a place or {}.
 
-        A place is what JSON can hold: `pass` and `window` count from 0, `counts` and `bad_rows` are of all windows before.
+        A place is what JSON can hold: `pass` and `window` count from 0, `counts` and `bad_rows` are of all windows before, `carried`
+        is what the one before gave.
 
         Raises:
             DatasetError: the rows cannot be read or encoded, have changed since the beginning, or are none to train on.
@@ -53,7 +55,7 @@ class GroupStream:
         self.counts = dict(start.get("counts", {}))
         if start:
             self._bad_rows.restore(start["bad_rows"])
-        first = start.get("window", 0)
+        first, carried = start.get("window", 0), start.get("carried")
         for number in itertools.count(start.get("pass", 0)):
             empty = first == 0
             rows = itertools.islice(self._read(), first * WINDOW, None)
@@ -62,9 +64,9 @@ class GroupStream:
                 self._check_unchanged()
                 if not chunk:
                     break
-                place = {"pass": number, "window": window, "counts": dict(self.counts)}
+                place = {"pass": number, "window": window, "counts": dict(self.counts), "carried": carried}
                 place["bad_rows"] = self._bad_rows.places
-                dataset = self._encode(chunk)
+                dataset, carried = self._encode(chunk, carried)
                 if len(dataset):
                     empty = False
                     for name, count in dataset.counts().items():

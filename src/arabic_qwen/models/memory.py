@@ -80,7 +80,8 @@ def model_shape(model_config: PreTrainedConfig, config: BaseConfig, dtype: torch
     size = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
     less, more = (_kept(model.train(), one, dtype, size, tokens) for tokens in (128, 256))
     # A processor keeps dropout's masks in the precision of computation, a GPU as bytes.
-    dropped = sum(m.in_features for m in layer.modules() if isinstance(m, LoraLayer)) if config.lora_dropout else 0
+    adapted: list[Any] = [m for m in layer.modules() if isinstance(m, LoraLayer)]
+    dropped = sum(m.in_features for m in adapted) if config.lora_dropout else 0
     return ModelShape(
         layers=layers,
         hidden=model_config.hidden_size,

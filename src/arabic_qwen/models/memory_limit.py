@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -22,6 +23,27 @@ _SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
 def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    )
+
+
+@contextlib.contextmanager
+def told_memory() -> Iterator[None]:
+    """A context whose work cannot be cut smaller, as the optimizer's step.
+
+    Raises:
+        TrainingError: memory does not suffice.
+    """
+    try:
+        yield
+        return
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+    raise TrainingError(
+        f"out of memory ({reason}); lower token_budget, or set gradient_checkpointing to true or eval_samples to 0, and "
+        "run again: a run goes on from its last checkpoint. If that is not enough, begin anew with optim=adamw_8bit, "
+        "load_in_4bit=true or a smaller model"
     )
 
 

@@ -30,9 +30,9 @@ from arabic_qwen.training.dialects import tag_dialects
 from arabic_qwen.training.engine import PackedTrainer
 from arabic_qwen.training.fitting import default_budget
 from arabic_qwen.training.generation import GenerationMixin
+from arabic_qwen.training.guards import make_resumable
 from arabic_qwen.training.objectives import METHODS
 from arabic_qwen.training.report import model_card
-from arabic_qwen.training.resumable import make_resumable
 from arabic_qwen.training.samples import Samples
 from arabic_qwen.training.signals import StopOnSignal
 

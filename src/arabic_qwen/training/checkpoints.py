@@ -26,7 +26,7 @@ from arabic_qwen.models.sources import RUN_CONFIG
 from arabic_qwen.redaction import redact
 from arabic_qwen.training.lock import check_free, locked
 from arabic_qwen.training.report import LOSS_CURVE, METRICS_FILE
-from arabic_qwen.training.resumable import PROGRESS
+from arabic_qwen.training.resumable import read_progress
 from arabic_qwen.training.samples import SAMPLES_FILE
 from arabic_qwen.training.snapshots import MANIFEST, damage, find_checkpoints
 
@@ -140,6 +140,7 @@ def _given_checkpoint(config: BaseConfig) -> str | None:
     _check_not_pickled(checkpoint)
     if reason := damage(checkpoint):
         raise ConfigurationError(f"resume_from_checkpoint: {checkpoint}: {reason}; choose another checkpoint")
+    read_progress(checkpoint)
     _check_changes(checkpoint, _differences(checkpoint, config), config)
     return str(checkpoint)
 
@@ -232,7 +233,7 @@ def data_sums(dataset: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check_data(checkpoint: Path, sums: Mapping[str, str]) -> None:
-    before = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))["data"]
+    before = read_progress(checkpoint)["data"]
     changed = sorted(name for name in sums.keys() & before.keys() if sums[name] != before[name])
     if changed:
         raise ConfigurationError(

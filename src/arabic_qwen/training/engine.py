@@ -87,9 +87,9 @@ class PackedTrainer(GuardedTrainer):
         self.objective: Objective = objective
         self.train_groups: Any = self.train_dataset
         self._collate = Collate(token_budget or fitting.default_budget(), objective.needs_kl)
+        self._set_budget = token_budget  # by the user
         self.fits_budget, self.fits_recompute = token_budget is None, fits_recompute
         self.recomputed: int | None = None  # layers, where that was chosen
-        self.backs_off = True  # where memory does not suffice
         self.loss_spikes = loss_spikes
         self.sequence_capacity = sequence_capacity
         self.reference: Any = reference
@@ -204,8 +204,6 @@ class PackedTrainer(GuardedTrainer):
                 return compute(dataclasses.replace(self._collate([step.groups]), place=step.place))
             return compute(step)
 
-        if not self.backs_off:
-            return attempt(self.token_budget)
         groups = step.groups or [self._filler]
         return within_memory(attempt, self.token_budget, groups, lambda group: name_rows(places, [group.row]))[0]
 
@@ -322,12 +320,13 @@ class PackedTrainer(GuardedTrainer):
 
     def progress(self) -> dict[str, Any]:
         place = self._place and self._place | {"done": self.state.global_step}
-        return {"token_budget": self.token_budget, "recomputed": self.recomputed, "place": place}
+        budget = {"token_budget": self.token_budget, "set_budget": self._set_budget}
+        return {**budget, "recomputed": self.recomputed, "place": place}
 
     def go_on(self, progress: dict[str, Any]) -> None:
         self._place = progress.get("place", {})
-        if "token_budget" in progress:
-            self.token_budget, self.fits_budget = min(self.token_budget, progress["token_budget"]), False
+        if "token_budget" in progress and progress.get("set_budget") == self._set_budget:  # what was found to fit
+            self.token_budget, self.fits_budget = progress["token_budget"], False
         if self.fits_recompute and progress.get("recomputed") is not None:
             self.recomputed, self.fits_recompute = progress["recomputed"], False
 

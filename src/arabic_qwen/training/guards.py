@@ -16,15 +16,18 @@ from typing import Any, Literal, NoReturn
 import torch
 from accelerate.utils import gather_object
 
+from arabic_qwen.config import BaseConfig
 from arabic_qwen.data.places import Places, name_rows
 from arabic_qwen.errors import TrainingError
 from arabic_qwen.training.resumable import ResumableTrainer
+from arabic_qwen.training.signals import StopOnSignal
 
 logger = logging.getLogger(__name__)
 
 _WINDOW = 50  # losses that the level is taken from
 _FEWEST = 20  # without which there is no level
 _DEVIATIONS = 6  # above the mean: a spike
+_LEAST = 0.01  # a deviation, of the mean, or of 1 where that is less: a level may be constant, and may be 0
 
 
 @dataclasses.dataclass
@@ -47,6 +50,12 @@ class GuardedTrainer(ResumableTrainer):
 
     loss_spikes: Literal["log", "skip"] = "log"
     _places: Places | None = None
+    _judged: deque[_Judged]
+    _before: dict[str, Any] | None
+    _failed: torch.Tensor  # [] bool; from then on no update is made
+    _recent: torch.Tensor  # [_WINDOW] losses, the newest first
+    _known: int  # how many of them
+    _observed: tuple[torch.Tensor, list[torch.Tensor], list[list[int]]]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As :class:`ResumableTrainer`'s.
@@ -54,11 +63,9 @@ class GuardedTrainer(ResumableTrainer):
         Raises:
             TrainingError: loss or gradient were not finite; a checkpoint from before that step is there.
         """
-        self._judged: deque[_Judged] = deque()
-        self._before: dict[str, Any] | None = None
-        self._failed = torch.zeros((), dtype=torch.bool, device=self.args.device)  # from then on no update is made
-        self._recent = torch.zeros(_WINDOW, device=self.args.device)  # losses, the newest first
-        self._known = 0  # how many of them
+        self._judged, self._before = deque(), None
+        self._failed = torch.zeros((), dtype=torch.bool, device=self.args.device)
+        self._recent, self._known = torch.zeros(_WINDOW, device=self.args.device), 0
         return super().train(*args, **kwargs)
 
     def running(self) -> dict[str, Any]:
@@ -99,10 +106,11 @@ class GuardedTrainer(ResumableTrainer):
         level = self._recent[: self._known]
         limit = torch.full_like(loss, math.inf)
         if self._known >= _FEWEST:
-            limit = level.mean() + _DEVIATIONS * level.std()
+            mean = level.mean()
+            limit = mean + _DEVIATIONS * torch.maximum(level.std(), _LEAST * mean.abs().clamp(min=1))
         spike = loss > limit
-        # A level that has risen for good is followed in a few steps.
-        self._recent = torch.cat([torch.minimum(loss, limit)[None], self._recent[:-1]])
+        # A spike's too: with two of them in the window, a level that has risen for good is none any more.
+        self._recent = torch.cat([loss[None], self._recent[:-1]])
         self._known = min(self._known + 1, _WINDOW)
         self._failed = self._failed | failed
         skipped = self._failed | spike if self.loss_spikes == "skip" else self._failed
@@ -132,6 +140,10 @@ class GuardedTrainer(ResumableTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if not self.is_deepspeed_enabled:
             self._before = self._run_state()
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        self._read_judged(0)  # a signal may have come since
+        super()._save_checkpoint(*args)
 
     def _finalize_training(self, *args: Any) -> Any:
         self._read_judged(0)
@@ -210,5 +222,29 @@ class GuardedTrainer(ResumableTrainer):
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         self.control.should_training_stop = self.control.should_save = False
+        self._due = None  # it was of the step that is taken back
         self._save_checkpoint(self.model, None)
         return f", in {self.args.output_dir}/checkpoint-{before['step']}"
+
+
+class WaitingTrainer(ResumableTrainer):
+    """Looks at the gradient of each step before its update: for trainers that do not :meth:`~GuardedTrainer.observe`."""
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaled = self.accelerator.scaler is not None or self.is_deepspeed_enabled  # which skip such updates themselves
+        if not scaled and not math.isfinite(grad_norm):
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: the gradient's norm is {float(grad_norm)}; this update is not made, and "
+                "the run goes on from its last checkpoint. Correct the data, lower learning_rate, or set torch_dtype to "
+                "float32, and go on with resume_changed=true"
+            )
+        return grad_norm
+
+
+def make_resumable(trainer: Any, config: BaseConfig, sums: dict[str, str], stop: StopOnSignal) -> None:
+    """Give a trainer what :class:`ResumableTrainer` needs; one of another class is guarded by waiting."""
+    if not isinstance(trainer, ResumableTrainer):
+        trainer.__class__ = type(type(trainer).__name__, (WaitingTrainer, type(trainer)), {})
+    trainer.run_config, trainer.data_sums, trainer.stop = config, sums, stop
+    trainer.add_callback(stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,8 +20,10 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 
 from arabic_qwen.config import BaseConfig
+from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.files import UNFINISHED, check_space, writing
 from arabic_qwen.models.loading import saved_bytes
+from arabic_qwen.models.memory_limit import told_memory
 from arabic_qwen.models.sources import RUN_CONFIG
 from arabic_qwen.training.callbacks import ProgressDisplay
 from arabic_qwen.training.signals import EvaluationStopped, StopOnSignal
@@ -33,6 +36,22 @@ logger = logging.getLogger(__name__)
 #: Files of a checkpoint, beside the weights and transformers' trainer_state.json.
 PROGRESS = "progress.json"  # what remains of the step, the data's sums, and what the trainer adds
 OPTIMIZER, SCHEDULER, SCALER, RANDOM = "optimizer", "scheduler", "scaler", "random"  # .json, .safetensors
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """What :meth:`ResumableTrainer._write_checkpoint` has noted.
+
+    Raises:
+        ConfigurationError: the file is not one of ours.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        if isinstance(progress, dict) and {"over", "due", "best_step", "data", "trainer"} <= progress.keys():
+            return progress
+    raise ConfigurationError(
+        f"{checkpoint}: its {PROGRESS} is not as this program writes it; set resume_from_checkpoint to another checkpoint "
+        "or to never"
+    )
 
 
 class ResumableTrainer(Trainer):
@@ -77,14 +96,14 @@ class ResumableTrainer(Trainer):
         self._over = False
         progress: dict[str, Any] = {}
         if resume_from_checkpoint:
-            progress = json.loads(Path(resume_from_checkpoint, PROGRESS).read_text(encoding="utf-8"))
+            progress = read_progress(Path(resume_from_checkpoint))
             self._due, self._over, self._best_step = progress["due"], progress["over"], progress["best_step"]
         self._resumed_from = resume_from_checkpoint
         self.go_on(progress.get("trainer", {}))
         if self.is_deepspeed_enabled:
             _restrict_deepspeed()
         try:
-            with watched_workers():
+            with told_memory(), watched_workers():
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
@@ -139,7 +158,7 @@ class ResumableTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # Dropout must not depend on whether an evaluation lay between two steps: data loaders draw a seed.
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with watched_workers(), torch.random.fork_rng(devices):
+        with told_memory(), watched_workers(), torch.random.fork_rng(devices):
             return super().evaluate(*args, **kwargs)
 
     def _finalize_training(self, trial: Any, *args: Any) -> Any:
@@ -171,7 +190,8 @@ class ResumableTrainer(Trainer):
         # One that a signal brought about is not among those that the best is chosen from.
         if self.state.best_global_step == step and self.control.should_save:
             self.state.best_model_checkpoint = str(checkpoint)
-        needed = self._checkpoint_bytes(run)
+        with writing(checkpoint):
+            needed = self._checkpoint_bytes(run)
         with writing(checkpoint, needed):
             if self.args.should_save:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -188,7 +208,8 @@ class ResumableTrainer(Trainer):
                 shutil.rmtree(unfinished, ignore_errors=True)
                 raise
             if self.args.should_save:
-                rotate(run, self.args.save_total_limit, {self.state.best_model_checkpoint or str(checkpoint)})
+                best = self.state.best_model_checkpoint
+                rotate(run, self.args.save_total_limit, {str(checkpoint), best or str(checkpoint)})
         self.accelerator.wait_for_everyone()
         self._saved_step = step
 
@@ -324,11 +345,3 @@ def _restrict_deepspeed() -> None:
 
     torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed asks for all objects
-
-
-def make_resumable(trainer: Any, config: BaseConfig, sums: dict[str, str], stop: StopOnSignal) -> None:
-    """Give a trainer what :class:`ResumableTrainer` needs; one of another class becomes a subclass of both."""
-    if not isinstance(trainer, ResumableTrainer):
-        trainer.__class__ = type(type(trainer).__name__, (ResumableTrainer, type(trainer)), {})
-    trainer.run_config, trainer.data_sums, trainer.stop = config, sums, stop
-    trainer.add_callback(stop)
