@@ -111,6 +111,39 @@ def test_as_a_verb(seven, tmp_path, monkeypatch, capsys):
     assert found["devices"][2]["fits"] and found["devices"][2]["recomputed_layers"] == 0
 
 
+def test_what_training_would_refuse_does_not_fit(seven):
+    devices = on(planning.plan(pairs(seven, base_precision="fp8"), ["3060", "A100", "4090"]))
+    assert devices["RTX 4090"].fits and not devices["RTX 4090"].refusal
+    for name, capability in {"RTX 3060": "8.6", "A100 80GB": "8.0"}.items():
+        found = devices[name]
+        assert (
+            f"fp8 needs a GPU of compute capability 8.9 or newer (Ada, Hopper), this one has {capability}"
+            in found.refusal
+        )
+        assert (found.fits, found.tokens_per_s, found.seconds, found.changes) == (False, None, None, [])
+
+
+@pytest.mark.parametrize(
+    "values, reason",
+    [
+        ({"base_precision": "fp8"}, "base_precision: fp8 needs a CUDA device"),
+        ({"optim": "adamw_8bit"}, "optim: adamw_8bit needs a CUDA device"),
+        ({"torch_compile": True}, "torch_compile: needs a GPU with flash attention"),
+        ({"load_in_8bit": True}, "load_in_8bit: needs a CUDA device"),
+        ({"fp16": True}, "fp16: float16 needs a CUDA device"),
+    ],
+)
+def test_this_processor_refuses_as_training_does(model_dir, monkeypatch, capsys, tmp_path, values, reason):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config_for("sft", model_dir, **{"torch_dtype": "bfloat16"} | values).to_yaml("sft.yaml")
+    _, text, _ = in_process(monkeypatch, capsys, "plan", "sft.yaml")
+    assert f"no on this processor: {reason}" in text
+    _, text, _ = in_process(monkeypatch, capsys, "plan", "sft.yaml", "--gpu", "H100", "--json")
+    here, there = json.loads(text)["devices"]
+    assert not here["fits"] and here["refusal"].startswith(reason) and there["fits"]
+
+
 def test_errors(seven, tmp_path, monkeypatch, capsys):
     with pytest.raises(ConfigurationError, match="--gpu: 'H1000' is unknown; did you mean 'H100 80GB'"):
         planning.plan(pairs(seven), ["H1000"])

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +17,12 @@ from transformers import AutoConfig
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.models.compilation import WORTHWHILE
+from arabic_qwen.models.compilation import WORTHWHILE, compilable
 from arabic_qwen.models.memory import Memory, ModelShape, model_shape, step_memory
-from arabic_qwen.models.precision import compute_dtype
+from arabic_qwen.models.precision import check_fp8, check_fp8_on, compute_dtype, device, quantization
 from arabic_qwen.models.sources import locate_configuration
 from arabic_qwen.plan_data import Mix, mix_of
+from arabic_qwen.training.arguments import check_packages
 from arabic_qwen.training.fitting import PROCESSOR_BUDGET, USABLE, Fit, choose
 from arabic_qwen.training.objectives import METHODS
 
@@ -35,22 +36,22 @@ class Gpu(NamedTuple):
     memory: float  # bytes
     peak: float  # dense bfloat16 operations a second, summed in float32
     share: float
-    fp8: bool
+    capability: tuple[int, int]  # CUDA's compute capability
 
 
 # Measured: the H100, compiled, DPO at 15,696 useful tokens/s on the 7B shape (510e12 operations a second by `_operations`).
 # The others are assumed: the fewer operations a byte of bandwidth, the larger the share.
 GPUS = {
-    "RTX 3060": Gpu(12.6e9, 25e12, 0.6, False),
-    "RTX 3090": Gpu(25.3e9, 71e12, 0.6, False),
-    "RTX 4090": Gpu(25.3e9, 165e12, 0.55, True),
-    "L4": Gpu(23.7e9, 60e12, 0.5, True),
-    "A10": Gpu(23.7e9, 62e12, 0.55, False),
-    "L40S": Gpu(47.7e9, 181e12, 0.55, True),
-    "A100 40GB": Gpu(42.3e9, 312e12, 0.55, False),
-    "A100 80GB": Gpu(85.1e9, 312e12, 0.55, False),
-    "H100 80GB": Gpu(85.0e9, 989e12, 0.51, True),
-    "H200": Gpu(150.1e9, 989e12, 0.51, True),
+    "RTX 3060": Gpu(12.6e9, 25e12, 0.6, (8, 6)),
+    "RTX 3090": Gpu(25.3e9, 71e12, 0.6, (8, 6)),
+    "RTX 4090": Gpu(25.3e9, 165e12, 0.55, (8, 9)),
+    "L4": Gpu(23.7e9, 60e12, 0.5, (8, 9)),
+    "A10": Gpu(23.7e9, 62e12, 0.55, (8, 6)),
+    "L40S": Gpu(47.7e9, 181e12, 0.55, (8, 9)),
+    "A100 40GB": Gpu(42.3e9, 312e12, 0.55, (8, 0)),
+    "A100 80GB": Gpu(85.1e9, 312e12, 0.55, (8, 0)),
+    "H100 80GB": Gpu(85.0e9, 989e12, 0.51, (9, 0)),
+    "H200": Gpu(150.1e9, 989e12, 0.51, (9, 0)),
 }
 SHOWN = ("RTX 3060", "RTX 4090", "A100 80GB", "H100 80GB")
 _FP8 = 1.26  # times as fast; measured on an H100, DPO and SFT
@@ -69,19 +70,20 @@ class Change(NamedTuple):
 
 @dataclasses.dataclass
 class Estimate:
-    """A run on one device; times are None where the device's speed is unknown."""
+    """A run on one device; times are None where it does not fit, or its speed is unknown."""
 
     name: str
     memory: float  # bytes that it has
     fit: Fit
     parts: Memory
-    tokens_per_s: float | None
-    seconds: float | None  # of the run, or of a million tokens
-    changes: list[Change]  # that make it fit
+    refusal: str  # why `train` would not start there, whatever the memory; or ""
+    tokens_per_s: float | None = None
+    seconds: float | None = None  # of the run, or of a million tokens
+    changes: list[Change] = dataclasses.field(default_factory=list)  # that make it fit
 
     @property
     def fits(self) -> bool:
-        return self.parts.total <= _limit(self.memory)
+        return not self.refusal and self.parts.total <= _limit(self.memory)
 
 
 @dataclasses.dataclass
@@ -112,7 +114,8 @@ def plan(config: BaseConfig, gpus: Sequence[str] = ()) -> Plan:
         )
     )
     run = _Run(config, mix, shapes)
-    devices = [run.estimate(name, gpu) for name, gpu in [_here(), *((name, GPUS[name]) for name in names)]]
+    devices = [run.estimate(*_here(), _message(_check_here, config))]
+    devices += [run.estimate(name, GPUS[name], _message(_check_on, config, GPUS[name])) for name in names]
     return Plan(config.model_name, _has_weights(path), run.shape, mix, devices)
 
 
@@ -135,11 +138,34 @@ def _known(name: str) -> str:
 def _here() -> tuple[str, Gpu]:
     """This machine; a GPU that is not in the table has no known speed."""
     if not torch.cuda.is_available():
-        return _PROCESSOR, Gpu(psutil.virtual_memory().total, 0.0, 0.0, False)
+        return _PROCESSOR, Gpu(psutil.virtual_memory().total, 0.0, 0.0, (0, 0))
     name, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
     like = [gpu for known, gpu in GPUS.items() if known.split(" ")[-2 if "GB" in known else -1] in name]
-    known = like[-1] if like else Gpu(0.0, 0.0, 0.0, False)
+    known = like[-1] if like else Gpu(0.0, 0.0, 0.0, (0, 0))
     return f"this {name.removeprefix('NVIDIA ')}", known._replace(memory=memory)
+
+
+def _message(check: Callable[..., object], *args: Any) -> str:
+    """Of the ConfigurationError that `check` raises, or ""."""
+    try:
+        check(*args)
+    except ConfigurationError as error:
+        return str(error)
+    return ""
+
+
+def _check_here(config: BaseConfig) -> None:
+    """What training would say to this machine, before it has loaded anything."""
+    compute_dtype(config)
+    quantization(config)
+    check_fp8(config)
+    check_packages(config)
+    compilable(config, device())
+
+
+def _check_on(config: BaseConfig, gpu: Gpu) -> None:
+    if config.base_precision == "fp8":
+        check_fp8_on(gpu.capability, _dtype(config))
 
 
 def _limit(memory: float) -> float:
@@ -229,12 +255,13 @@ class _Run:
         )
         return fit, self.memory(max(fit.token_budget, self.mix.longest), fit.recomputed)
 
-    def estimate(self, name: str, gpu: Gpu) -> Estimate:
-        fit, parts = self.fit(gpu)
-        speed = self._tokens_per_s(gpu, fit.recomputed)
-        seconds = (self.tokens or 1e6) / speed if speed else None
-        found = Estimate(name, gpu.memory, fit, parts, speed, seconds, [])
-        found.changes = [] if found.fits or name == _PROCESSOR else self._changes(gpu)
+    def estimate(self, name: str, gpu: Gpu, refusal: str) -> Estimate:
+        found = Estimate(name, gpu.memory, *self.fit(gpu), refusal)
+        if found.fits:
+            found.tokens_per_s = speed = self._tokens_per_s(gpu, found.fit.recomputed)
+            found.seconds = (self.tokens or 1e6) / speed if speed else None
+        elif not refusal and name != _PROCESSOR:
+            found.changes = self._changes(gpu)
         return found
 
     def _tokens_per_s(self, gpu: Gpu, recomputed: int) -> float | None:
@@ -242,10 +269,7 @@ class _Run:
         if not gpu.peak or _dtype(self.config).itemsize != 2:
             return None
         rate = gpu.peak * gpu.share
-        if self.config.base_precision == "fp8":
-            if not gpu.fp8:
-                return None
-            rate *= _FP8
+        rate *= _FP8 if self.config.base_precision == "fp8" else 1.0
         rate *= 1.0 if self.compiled else _NOT_COMPILED
         rate *= _NF4 if self.config.load_in_4bit or self.config.load_in_8bit else 1.0
         return rate * self.mix.tokens / self._operations(recomputed)

@@ -34,6 +34,9 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
     yield f"data   {escape(plan.mix.note)}{steps}"
     yield ""
     yield _devices(plan)
+    for device in plan.devices:
+        if device.refusal:
+            yield f"no on {escape(device.name)}: {escape(device.refusal)}"
     yield ""
     yield from _bars(plan)
     for device in plan.devices:
@@ -56,8 +59,8 @@ def _devices(plan: Plan) -> Table:
             "[green]yes[/]" if device.fits else "[red]no[/]",
             f"{device.fit.token_budget:,}",
             f"{device.fit.recomputed} of {plan.shape.layers}",
-            f"{device.tokens_per_s:,.0f}" if device.tokens_per_s and device.fits else "–",
-            _duration(device.seconds) if device.seconds and device.fits else "–",
+            f"{device.tokens_per_s:,.0f}" if device.tokens_per_s else "–",
+            _duration(device.seconds) if device.seconds else "–",
         )
     return table
 
@@ -119,6 +122,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "peak": round(device.parts.total),
                 "parts": {name: round(size) for name, size in device.parts._asdict().items()},
                 "fits": device.fits,
+                "refusal": device.refusal or None,
                 "token_budget": device.fit.token_budget,
                 "recomputed_layers": device.fit.recomputed,
                 "tokens_per_s": device.tokens_per_s,
