@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from arabic_qwen.training.fitting import PROCESSOR_BUDGET, USABLE, Fit, choose
 from arabic_qwen.training.objectives import METHODS
 
 _CONTEXT = 0.5e9  # bytes that CUDA takes for itself
-_PROCESSOR = "this processor"
+_LENGTHS = ("max_length", "max_seq_length")  # the first that is set limits an example
 
 
 class Gpu(NamedTuple):
@@ -138,7 +139,7 @@ def _known(name: str) -> str:
 def _here() -> tuple[str, Gpu]:
     """This machine; a GPU that is not in the table has no known speed."""
     if not torch.cuda.is_available():
-        return _PROCESSOR, Gpu(psutil.virtual_memory().total, 0.0, 0.0, (0, 0))
+        return "this processor", Gpu(psutil.virtual_memory().total, 0.0, 0.0, (0, 0))
     name, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
     like = [gpu for known, gpu in GPUS.items() if known.split(" ")[-2 if "GB" in known else -1] in name]
     known = like[-1] if like else Gpu(0.0, 0.0, 0.0, (0, 0))
@@ -239,7 +240,7 @@ class _Run:
 
     def fit(self, gpu: Gpu) -> tuple[Fit, Memory]:
         """What would be chosen there, and the memory that it takes."""
-        layers, on_gpu = self.shape.layers, gpu.peak > 0 or torch.cuda.is_available()
+        layers, on_gpu = self.shape.layers, _is_gpu(gpu)
         wanted = self.config.gradient_checkpointing
         if not on_gpu:
             budget, recomputed = self.config.token_budget or PROCESSOR_BUDGET, layers if wanted is True else 0
@@ -260,7 +261,7 @@ class _Run:
         if found.fits:
             found.tokens_per_s = speed = self._tokens_per_s(gpu, found.fit.recomputed)
             found.seconds = (self.tokens or 1e6) / speed if speed else None
-        elif not refusal and name != _PROCESSOR:
+        elif not refusal:
             found.changes = self._changes(gpu)
         return found
 
@@ -290,44 +291,79 @@ class _Run:
 
     def _changes(self, gpu: Gpu) -> list[Change]:
         """What to change until it fits, the cheapest first, each on top of those before."""
-        run, changes = self, list[Change]()
-        for setting, update in _remedies(self.config):
-            mix = run.mix
-            if "max_seq_length" in update:
-                mix = mix._replace(longest=max(mix.longest // 2, 1))
-            changed = _Run(run.config.model_copy(update=update), mix, self.shapes)
-            if changed.least > 0.95 * run.least:
+        chosen: list[dict[str, Any]] = []
+        for remedy in _remedies(self.config, _is_gpu(gpu)):
+            run, changed = self._with(chosen), self._with([*chosen, remedy])
+            if not changed.is_valid or changed.least(gpu) > 0.95 * run.least(gpu):
                 continue
-            fits = changed.fit(gpu)[1].total <= _limit(gpu.memory)
-            changes.append(Change(setting, run.least - changed.least, changed.least, fits))
-            run = changed
-            if fits:
+            chosen.append(remedy)
+            if changed.fits(gpu):
                 break
+        with_all = self._with(chosen)
+        for remedy in chosen[-2::-1]:  # what a later one has made needless
+            rest = [other for other in chosen if other is not remedy]
+            without = self._with(rest)
+            suffices = without.fits(gpu) if with_all.fits(gpu) else without.least(gpu) < with_all.least(gpu) / 0.95
+            if suffices and without.is_valid:
+                chosen = rest
+        changes, before = list[Change](), self.least(gpu)
+        for number, remedy in enumerate(chosen, 1):
+            changed = self._with(chosen[:number])
+            least = changed.least(gpu)
+            changes.append(Change(_setting(remedy), before - least, least, changed.fits(gpu)))
+            before = least
         return changes
 
+    def _with(self, remedies: Sequence[dict[str, Any]]) -> _Run:
+        config, mix = self.config, self.mix
+        for update in remedies:
+            config = config.model_copy(update=update)
+            if not update.keys().isdisjoint(_LENGTHS):
+                mix = mix._replace(longest=max(mix.longest // 2, 1))
+        return _Run(config, mix, self.shapes)
+
     @property
-    def least(self) -> float:
-        """Bytes with the smallest micro-batch, and as much recomputed as the settings allow."""
+    def is_valid(self) -> bool:
+        return not _message(lambda: type(self.config)(**self.config.model_dump()))
+
+    def fits(self, gpu: Gpu) -> bool:
+        return self.fit(gpu)[1].total <= _limit(gpu.memory)
+
+    def least(self, gpu: Gpu) -> float:
+        """Bytes with the smallest micro-batch that the settings allow, and as much recomputed."""
+        if not _is_gpu(gpu):
+            return self.fit(gpu)[1].total
         recomputed = self.shape.layers if self.config.gradient_checkpointing else 0
         return self.memory(max(self.config.token_budget or 0, self.mix.longest), recomputed).total
 
 
-def _remedies(config: BaseConfig) -> list[tuple[str, dict[str, Any]]]:
-    found: list[tuple[str, dict[str, Any]]] = []
-    if not config.gradient_checkpointing:
-        found.append(("gradient_checkpointing=auto", {"gradient_checkpointing": "auto"}))
+def _is_gpu(gpu: Gpu) -> bool:
+    return gpu.peak > 0 or torch.cuda.is_available()  # one that is not in the table has no known speed
+
+
+def _setting(update: dict[str, Any]) -> str:
+    """As `key=value` on the command line."""
+    return " ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in update.items())
+
+
+def _remedies(config: BaseConfig, on_gpu: bool) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    if not on_gpu and config.gradient_checkpointing is not True:
+        found.append({"gradient_checkpointing": True})  # auto recomputes nothing there
+    elif not config.gradient_checkpointing:
+        found.append({"gradient_checkpointing": "auto"})
     if config.token_budget:
-        found.append(("token_budget=null", {"token_budget": None}))
-    if not config.use_lora and config.optim == "adamw":
-        found.append(("optim=adamw_8bit", {"optim": "adamw_8bit"}))
-    if getattr(config, "precompute_reference", None) is False and not config.streaming:
-        found.append(("precompute_reference=true", {"precompute_reference": True}))
+        found.append({"token_budget": None})
+    if on_gpu and not config.use_lora and config.optim == "adamw":
+        found.append({"optim": "adamw_8bit"})
+    if getattr(config, "precompute_reference", None) is False:
+        found.append({"precompute_reference": True})
     if not config.use_lora:
-        found.append(("use_lora=true", {"use_lora": True}))
+        found.append({"use_lora": True})
     if config.lora_r > 8:
-        found.append(("lora_r=8", {"lora_r": 8}))
-    if not (config.load_in_4bit or config.load_in_8bit) and config.init_lora_weights in ("default", "gaussian"):
-        found.append(("load_in_4bit=true", {"load_in_4bit": True, "base_precision": None}))
-    length = config.max_seq_length // 2
-    found.append((f"max_seq_length={length}", {"max_seq_length": length}))
+        found.append({"lora_r": 8})
+    if not config.load_in_8bit:
+        found.append({"load_in_4bit": True} | ({"base_precision": None} if config.base_precision else {}))
+    length = next(key for key in _LENGTHS if getattr(config, key, None))
+    found.append({length: getattr(config, length) // 2})
     return found
