@@ -1,6 +1,7 @@
 """`arabic-qwen plan`: what a run takes, before anything is loaded."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -178,6 +179,20 @@ def test_advice_for_this_processor(seven, monkeypatch):
     assert here.changes[0].setting == "gradient_checkpointing=true"
     whole = planning.plan(pairs(seven, use_lora=False), ["H100"]).devices[0]
     assert "optim=adamw_8bit" not in [change.setting for change in whole.changes]
+
+
+def test_data_is_read_with_the_tokenizer_of_a_model_without_weights(seven, model_dir):
+    assert "seven: has no tokenizer.json" in planning.plan(pairs(seven, dataset_path="sample:dpo")).mix.note
+    for file in model_dir.glob("tokenizer*"):
+        shutil.copy(file, seven)
+    config = pairs(seven, dataset_path="sample:dpo", instruction_template="chatml")
+    assert "examples to train on" in planning.plan(config).mix.note
+
+
+def test_pickled_weights_are_refused(seven):
+    (seven / "pytorch_model.bin").touch()
+    with pytest.raises(ModelLoadError, match=r"seven: its weights are pickled \(pytorch_model.bin\)"):
+        planning.plan(pairs(seven))
 
 
 def test_errors(seven, tmp_path, monkeypatch, capsys):
