@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from arabic_qwen import plan as planning
+from arabic_qwen import plan_tables
 from arabic_qwen.config import METHOD_CONFIGS, DPOConfig, SFTConfig
 from arabic_qwen.errors import ConfigurationError, ModelLoadError
 from arabic_qwen.training.base_trainer import BaseTrainer
@@ -113,6 +114,22 @@ def test_as_a_verb(seven, tmp_path, monkeypatch, capsys):
     found = json.loads(text)
     assert [device["name"] for device in found["devices"][1:]] == ["A100 80GB", "H200"]
     assert found["devices"][2]["fits"] and found["devices"][2]["recomputed_layers"] == 0
+    code, text, _ = in_process(monkeypatch, capsys, "plan", "dpo.yaml", "--gpu", "3060", "--json")
+    small = json.loads(text)["devices"][1]
+    sizes = [small["memory"], small["peak"], *small["parts"].values()]
+    sizes += [change[key] for change in small["changes"] for key in ("saved", "least")]
+    assert all(type(size) is int for size in sizes)
+    assert small["tokens_per_s"] is None and small["seconds"] is None
+
+
+def test_times_are_told_apart():
+    texts = [plan_tables._duration(seconds) for seconds in (63.2, 80.1, 300, 330, 4000, 300_000)]
+    assert texts == ["64 s", "81 s", "5.0 min", "5.5 min", "1 h 07 min", "3.5 days"]
+
+
+def test_no_speed_of_tiny_models(model_dir):
+    found = planning.plan(config_for("sft", model_dir, torch_dtype="bfloat16"), ["H100"])
+    assert found.devices[1].fits and found.devices[1].tokens_per_s is None
 
 
 def test_what_training_would_refuse_does_not_fit(seven):
@@ -198,6 +215,9 @@ def test_pickled_weights_are_refused(seven):
 def test_errors(seven, tmp_path, monkeypatch, capsys):
     with pytest.raises(ConfigurationError, match="--gpu: 'H1000' is unknown; did you mean 'H100 80GB'"):
         planning.plan(pairs(seven), ["H1000"])
+    for empty in ("", " "):
+        with pytest.raises(ConfigurationError, match=r"--gpu: .* is unknown; choose from RTX 3060, "):
+            planning.plan(pairs(seven), [empty])
     with pytest.raises(ConfigurationError, match="no linear layer query"):
         planning.plan(pairs(seven, lora_target_modules=["query"]))
     with pytest.raises(ModelLoadError, match="the folder does not exist"):

@@ -56,6 +56,7 @@ GPUS = {
 }
 SHOWN = ("RTX 3060", "RTX 4090", "A100 80GB", "H100 80GB")
 _FP8 = 1.26  # times as fast; measured on an H100, DPO and SFT
+_SMALLEST = 1e8  # parameters: the time of smaller models is not that of their products
 _NF4 = 0.8  # assumed: weights are expanded in each product
 _NOT_COMPILED = 0.65  # assumed: each operation reads and writes the activations
 
@@ -128,7 +129,8 @@ def _has_weights(path: str) -> bool:
 
 
 def _known(name: str) -> str:
-    found = [known for known in GPUS if name.lower().replace(" ", "") in known.lower().replace(" ", "")]
+    wanted = name.lower().replace(" ", "")
+    found = [known for known in GPUS if wanted and wanted in known.lower().replace(" ", "")]
     if not found:
         close = difflib.get_close_matches(name, GPUS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(GPUS)}"
@@ -267,7 +269,7 @@ class _Run:
 
     def _tokens_per_s(self, gpu: Gpu, recomputed: int) -> float | None:
         """Tokens of the stream a second, as the log counts them."""
-        if not gpu.peak or _dtype(self.config).itemsize != 2:
+        if not gpu.peak or _dtype(self.config).itemsize != 2 or self.shape.parameters < _SMALLEST:
             return None
         rate = gpu.peak * gpu.share
         rate *= _FP8 if self.config.base_precision == "fp8" else 1.0
