@@ -1,10 +1,14 @@
 """`arabic-qwen plan`: what a run takes, before anything is loaded."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from arabic_qwen import plan as planning
+from arabic_qwen import plan_tables
 from arabic_qwen.config import METHOD_CONFIGS, DPOConfig, SFTConfig
 from arabic_qwen.errors import ConfigurationError, ModelLoadError
 from arabic_qwen.training.base_trainer import BaseTrainer
@@ -76,8 +80,9 @@ def test_a_run_of_several_billion_parameters(seven):
     quantized = on(planning.plan(pairs(seven, load_in_4bit=True), ["3060"]))["RTX 3060"]
     assert quantized.fits and quantized.fit.token_budget == 8192
     whole = on(planning.plan(pairs(seven, use_lora=False)))["H100 80GB"]
-    needed = ["optim=adamw_8bit", "precompute_reference=true", "use_lora=true"]
-    assert [change.setting for change in whole.changes] == needed
+    assert [(change.setting, change.fits) for change in whole.changes] == [
+        ("use_lora=true", True)
+    ]  # and nothing needless
     assert sum(whole.parts) == whole.parts.total > 150e9
 
 
@@ -109,11 +114,110 @@ def test_as_a_verb(seven, tmp_path, monkeypatch, capsys):
     found = json.loads(text)
     assert [device["name"] for device in found["devices"][1:]] == ["A100 80GB", "H200"]
     assert found["devices"][2]["fits"] and found["devices"][2]["recomputed_layers"] == 0
+    code, text, _ = in_process(monkeypatch, capsys, "plan", "dpo.yaml", "--gpu", "3060", "--json")
+    small = json.loads(text)["devices"][1]
+    sizes = [small["memory"], small["peak"], *small["parts"].values()]
+    sizes += [change[key] for change in small["changes"] for key in ("saved", "least")]
+    assert all(type(size) is int for size in sizes)
+    assert small["tokens_per_s"] is None and small["seconds"] is None
+
+
+def test_times_are_told_apart():
+    texts = [plan_tables._duration(seconds) for seconds in (63.2, 80.1, 300, 330, 4000, 300_000)]
+    assert texts == ["64 s", "81 s", "5.0 min", "5.5 min", "1 h 07 min", "3.5 days"]
+
+
+def test_no_speed_of_tiny_models(model_dir):
+    found = planning.plan(config_for("sft", model_dir, torch_dtype="bfloat16"), ["H100"])
+    assert found.devices[1].fits and found.devices[1].tokens_per_s is None
+
+
+def test_what_training_would_refuse_does_not_fit(seven):
+    devices = on(planning.plan(pairs(seven, base_precision="fp8"), ["3060", "A100", "4090"]))
+    assert devices["RTX 4090"].fits and not devices["RTX 4090"].refusal
+    for name, capability in {"RTX 3060": "8.6", "A100 80GB": "8.0"}.items():
+        found = devices[name]
+        assert (
+            f"fp8 needs a GPU of compute capability 8.9 or newer (Ada, Hopper), this one has {capability}"
+            in found.refusal
+        )
+        assert (found.fits, found.tokens_per_s, found.seconds, found.changes) == (False, None, None, [])
+
+
+@pytest.mark.parametrize(
+    "values, reason",
+    [
+        ({"base_precision": "fp8"}, "base_precision: fp8 needs a CUDA device"),
+        ({"optim": "adamw_8bit"}, "optim: adamw_8bit needs a CUDA device"),
+        ({"torch_compile": True}, "torch_compile: needs a GPU with flash attention"),
+        ({"load_in_8bit": True}, "load_in_8bit: needs a CUDA device"),
+        ({"fp16": True}, "fp16: float16 needs a CUDA device"),
+    ],
+)
+def test_this_processor_refuses_as_training_does(model_dir, monkeypatch, capsys, tmp_path, values, reason):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config_for("sft", model_dir, **{"torch_dtype": "bfloat16"} | values).to_yaml("sft.yaml")
+    _, text, _ = in_process(monkeypatch, capsys, "plan", "sft.yaml")
+    assert f"no on this processor: {reason}" in text
+    _, text, _ = in_process(monkeypatch, capsys, "plan", "sft.yaml", "--gpu", "H100", "--json")
+    here, there = json.loads(text)["devices"]
+    assert not here["fits"] and here["refusal"].startswith(reason) and there["fits"]
+
+
+@pytest.mark.parametrize(
+    "values, advised",
+    [
+        ({"base_precision": "fp8"}, ["load_in_4bit=true base_precision=null"]),
+        ({"use_lora": False, "init_lora_weights": "pissa"}, ["use_lora=true"]),
+        (
+            {"streaming": True, "max_steps": 9, "use_lora": False, "use_dora": True},
+            ["use_lora=true", "load_in_4bit=true"],
+        ),
+        ({"max_length": 1000, "load_in_4bit": True, "gradient_checkpointing": False}, ["gradient_checkpointing=auto"]),
+    ],
+)
+def test_what_is_advised_is_a_configuration(seven, monkeypatch, values, advised):
+    monkeypatch.setitem(planning.GPUS, "small", planning.Gpu(16e9, 1e14, 0.5, (9, 0)))
+    config = pairs(seven, **values)
+    found = on(planning.plan(config, ["small"]))["small"]
+    assert [change.setting for change in found.changes][: len(advised)] == advised
+    settings = [setting for change in found.changes for setting in change.setting.split()]
+    update = {key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in settings)}
+    again = on(planning.plan(DPOConfig(**config.model_dump() | update), ["small"]))["small"]
+    assert again.fits == found.changes[-1].fits
+
+
+def test_advice_for_this_processor(seven, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: SimpleNamespace(total=25.3e9))
+    here = planning.plan(pairs(seven, torch_dtype="bfloat16"), ["H100"]).devices[0]
+    assert not here.fits
+    assert here.changes[0].setting == "gradient_checkpointing=true"
+    whole = planning.plan(pairs(seven, use_lora=False), ["H100"]).devices[0]
+    assert "optim=adamw_8bit" not in [change.setting for change in whole.changes]
+
+
+def test_data_is_read_with_the_tokenizer_of_a_model_without_weights(seven, model_dir):
+    assert "seven: has no tokenizer.json" in planning.plan(pairs(seven, dataset_path="sample:dpo")).mix.note
+    for file in model_dir.glob("tokenizer*"):
+        shutil.copy(file, seven)
+    config = pairs(seven, dataset_path="sample:dpo", instruction_template="chatml")
+    assert "examples to train on" in planning.plan(config).mix.note
+
+
+def test_pickled_weights_are_refused(seven):
+    (seven / "pytorch_model.bin").touch()
+    with pytest.raises(ModelLoadError, match=r"seven: its weights are pickled \(pytorch_model.bin\)"):
+        planning.plan(pairs(seven))
 
 
 def test_errors(seven, tmp_path, monkeypatch, capsys):
     with pytest.raises(ConfigurationError, match="--gpu: 'H1000' is unknown; did you mean 'H100 80GB'"):
         planning.plan(pairs(seven), ["H1000"])
+    for empty in ("", " "):
+        with pytest.raises(ConfigurationError, match=r"--gpu: .* is unknown; choose from RTX 3060, "):
+            planning.plan(pairs(seven), [empty])
     with pytest.raises(ConfigurationError, match="no linear layer query"):
         planning.plan(pairs(seven, lora_target_modules=["query"]))
     with pytest.raises(ModelLoadError, match="the folder does not exist"):

@@ -5,37 +5,30 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import logging
+import json
 import math
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import psutil
 import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
 from arabic_qwen.config import BaseConfig
-from arabic_qwen.config.data import data_sources
-from arabic_qwen.data.packing import Group
-from arabic_qwen.data.sources import read_rows
-from arabic_qwen.errors import ConfigurationError, DatasetError, ModelLoadError
-from arabic_qwen.models.compilation import WORTHWHILE
+from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.models.compilation import WORTHWHILE, compilable
 from arabic_qwen.models.memory import Memory, ModelShape, model_shape, step_memory
-from arabic_qwen.models.precision import compute_dtype
+from arabic_qwen.models.precision import check_fp8, check_fp8_on, compute_dtype, device, quantization
 from arabic_qwen.models.sources import locate_configuration
-from arabic_qwen.training.base_trainer import BaseTrainer
+from arabic_qwen.plan_data import Mix, mix_of
+from arabic_qwen.training.arguments import check_packages
 from arabic_qwen.training.fitting import PROCESSOR_BUDGET, USABLE, Fit, choose
 from arabic_qwen.training.objectives import METHODS
-from arabic_qwen.training.sampler import Sequences
 
 _CONTEXT = 0.5e9  # bytes that CUDA takes for itself
-_PROCESSOR = "this processor"
-_SAMPLE = 1000  # rows whose lengths are measured
-_READ_AT_ONCE = 20e6  # bytes of data files that take no noticeable time
+_LENGTHS = ("max_length", "max_seq_length")  # the first that is set limits an example
 
 
 class Gpu(NamedTuple):
@@ -44,39 +37,28 @@ class Gpu(NamedTuple):
     memory: float  # bytes
     peak: float  # dense bfloat16 operations a second, summed in float32
     share: float
-    fp8: bool
+    capability: tuple[int, int]  # CUDA's compute capability
 
 
 # Measured: the H100, compiled, DPO at 15,696 useful tokens/s on the 7B shape (510e12 operations a second by `_operations`).
 # The others are assumed: the fewer operations a byte of bandwidth, the larger the share.
 GPUS = {
-    "RTX 3060": Gpu(12.6e9, 25e12, 0.6, False),
-    "RTX 3090": Gpu(25.3e9, 71e12, 0.6, False),
-    "RTX 4090": Gpu(25.3e9, 165e12, 0.55, True),
-    "L4": Gpu(23.7e9, 60e12, 0.5, True),
-    "A10": Gpu(23.7e9, 62e12, 0.55, False),
-    "L40S": Gpu(47.7e9, 181e12, 0.55, True),
-    "A100 40GB": Gpu(42.3e9, 312e12, 0.55, False),
-    "A100 80GB": Gpu(85.1e9, 312e12, 0.55, False),
-    "H100 80GB": Gpu(85.0e9, 989e12, 0.51, True),
-    "H200": Gpu(150.1e9, 989e12, 0.51, True),
+    "RTX 3060": Gpu(12.6e9, 25e12, 0.6, (8, 6)),
+    "RTX 3090": Gpu(25.3e9, 71e12, 0.6, (8, 6)),
+    "RTX 4090": Gpu(25.3e9, 165e12, 0.55, (8, 9)),
+    "L4": Gpu(23.7e9, 60e12, 0.5, (8, 9)),
+    "A10": Gpu(23.7e9, 62e12, 0.55, (8, 6)),
+    "L40S": Gpu(47.7e9, 181e12, 0.55, (8, 9)),
+    "A100 40GB": Gpu(42.3e9, 312e12, 0.55, (8, 0)),
+    "A100 80GB": Gpu(85.1e9, 312e12, 0.55, (8, 0)),
+    "H100 80GB": Gpu(85.0e9, 989e12, 0.51, (9, 0)),
+    "H200": Gpu(150.1e9, 989e12, 0.51, (9, 0)),
 }
 SHOWN = ("RTX 3060", "RTX 4090", "A100 80GB", "H100 80GB")
 _FP8 = 1.26  # times as fast; measured on an H100, DPO and SFT
+_SMALLEST = 1e8  # parameters: the time of smaller models is not that of their products
 _NF4 = 0.8  # assumed: weights are expanded in each product
 _NOT_COMPILED = 0.65  # assumed: each operation reads and writes the activations
-
-
-class Mix(NamedTuple):
-    """What the examples are like: measured on the data, or assumed."""
-
-    tokens: float  # of an example in the stream, where its prompt counts once
-    targets: float
-    pairs: float  # of a query and a key that it sees
-    longest: int  # tokens of the longest example
-    steps: int | None = None  # of the run; None: the data was not read
-    examples_a_step: float = 1.0
-    note: str = ""
 
 
 class Change(NamedTuple):
@@ -90,19 +72,20 @@ class Change(NamedTuple):
 
 @dataclasses.dataclass
 class Estimate:
-    """A run on one device; times are None where the device's speed is unknown."""
+    """A run on one device; times are None where it does not fit, or its speed is unknown."""
 
     name: str
     memory: float  # bytes that it has
     fit: Fit
     parts: Memory
-    tokens_per_s: float | None
-    seconds: float | None  # of the run, or of a million tokens
-    changes: list[Change]  # that make it fit
+    refusal: str  # why `train` would not start there, whatever the memory; or ""
+    tokens_per_s: float | None = None
+    seconds: float | None = None  # of the run, or of a million tokens
+    changes: list[Change] = dataclasses.field(default_factory=list)  # that make it fit
 
     @property
     def fits(self) -> bool:
-        return self.parts.total <= _limit(self.memory)
+        return not self.refusal and self.parts.total <= _limit(self.memory)
 
 
 @dataclasses.dataclass
@@ -126,14 +109,15 @@ def plan(config: BaseConfig, gpus: Sequence[str] = ()) -> Plan:
     names = [_known(name) for name in gpus] or list(SHOWN)
     path = locate_configuration(config.model_name)
     model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    mix = _mix(config)
+    mix = mix_of(config)
     shapes = functools.cache(
         lambda r, use_lora, dtype: model_shape(
             model_config, config.model_copy(update={"lora_r": r, "use_lora": use_lora}), dtype
         )
     )
     run = _Run(config, mix, shapes)
-    devices = [run.estimate(name, gpu) for name, gpu in [_here(), *((name, GPUS[name]) for name in names)]]
+    devices = [run.estimate(*_here(), _message(_check_here, config))]
+    devices += [run.estimate(name, GPUS[name], _message(_check_on, config, GPUS[name])) for name in names]
     return Plan(config.model_name, _has_weights(path), run.shape, mix, devices)
 
 
@@ -145,7 +129,8 @@ def _has_weights(path: str) -> bool:
 
 
 def _known(name: str) -> str:
-    found = [known for known in GPUS if name.lower().replace(" ", "") in known.lower().replace(" ", "")]
+    wanted = name.lower().replace(" ", "")
+    found = [known for known in GPUS if wanted and wanted in known.lower().replace(" ", "")]
     if not found:
         close = difflib.get_close_matches(name, GPUS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(GPUS)}"
@@ -156,11 +141,34 @@ def _known(name: str) -> str:
 def _here() -> tuple[str, Gpu]:
     """This machine; a GPU that is not in the table has no known speed."""
     if not torch.cuda.is_available():
-        return _PROCESSOR, Gpu(psutil.virtual_memory().total, 0.0, 0.0, False)
+        return "this processor", Gpu(psutil.virtual_memory().total, 0.0, 0.0, (0, 0))
     name, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
     like = [gpu for known, gpu in GPUS.items() if known.split(" ")[-2 if "GB" in known else -1] in name]
-    known = like[-1] if like else Gpu(0.0, 0.0, 0.0, False)
+    known = like[-1] if like else Gpu(0.0, 0.0, 0.0, (0, 0))
     return f"this {name.removeprefix('NVIDIA ')}", known._replace(memory=memory)
+
+
+def _message(check: Callable[..., object], *args: Any) -> str:
+    """Of the ConfigurationError that `check` raises, or ""."""
+    try:
+        check(*args)
+    except ConfigurationError as error:
+        return str(error)
+    return ""
+
+
+def _check_here(config: BaseConfig) -> None:
+    """What training would say to this machine, before it has loaded anything."""
+    compute_dtype(config)
+    quantization(config)
+    check_fp8(config)
+    check_packages(config)
+    compilable(config, device())
+
+
+def _check_on(config: BaseConfig, gpu: Gpu) -> None:
+    if config.base_precision == "fp8":
+        check_fp8_on(gpu.capability, _dtype(config))
 
 
 def _limit(memory: float) -> float:
@@ -234,7 +242,7 @@ class _Run:
 
     def fit(self, gpu: Gpu) -> tuple[Fit, Memory]:
         """What would be chosen there, and the memory that it takes."""
-        layers, on_gpu = self.shape.layers, gpu.peak > 0 or torch.cuda.is_available()
+        layers, on_gpu = self.shape.layers, _is_gpu(gpu)
         wanted = self.config.gradient_checkpointing
         if not on_gpu:
             budget, recomputed = self.config.token_budget or PROCESSOR_BUDGET, layers if wanted is True else 0
@@ -250,23 +258,21 @@ class _Run:
         )
         return fit, self.memory(max(fit.token_budget, self.mix.longest), fit.recomputed)
 
-    def estimate(self, name: str, gpu: Gpu) -> Estimate:
-        fit, parts = self.fit(gpu)
-        speed = self._tokens_per_s(gpu, fit.recomputed)
-        seconds = (self.tokens or 1e6) / speed if speed else None
-        found = Estimate(name, gpu.memory, fit, parts, speed, seconds, [])
-        found.changes = [] if found.fits or name == _PROCESSOR else self._changes(gpu)
+    def estimate(self, name: str, gpu: Gpu, refusal: str) -> Estimate:
+        found = Estimate(name, gpu.memory, *self.fit(gpu), refusal)
+        if found.fits:
+            found.tokens_per_s = speed = self._tokens_per_s(gpu, found.fit.recomputed)
+            found.seconds = (self.tokens or 1e6) / speed if speed else None
+        elif not refusal:
+            found.changes = self._changes(gpu)
         return found
 
     def _tokens_per_s(self, gpu: Gpu, recomputed: int) -> float | None:
         """Tokens of the stream a second, as the log counts them."""
-        if not gpu.peak or _dtype(self.config).itemsize != 2:
+        if not gpu.peak or _dtype(self.config).itemsize != 2 or self.shape.parameters < _SMALLEST:
             return None
         rate = gpu.peak * gpu.share
-        if self.config.base_precision == "fp8":
-            if not gpu.fp8:
-                return None
-            rate *= _FP8
+        rate *= _FP8 if self.config.base_precision == "fp8" else 1.0
         rate *= 1.0 if self.compiled else _NOT_COMPILED
         rate *= _NF4 if self.config.load_in_4bit or self.config.load_in_8bit else 1.0
         return rate * self.mix.tokens / self._operations(recomputed)
@@ -287,118 +293,79 @@ class _Run:
 
     def _changes(self, gpu: Gpu) -> list[Change]:
         """What to change until it fits, the cheapest first, each on top of those before."""
-        run, changes = self, list[Change]()
-        for setting, update in _remedies(self.config):
-            mix = run.mix
-            if "max_seq_length" in update:
-                mix = mix._replace(longest=max(mix.longest // 2, 1))
-            changed = _Run(run.config.model_copy(update=update), mix, self.shapes)
-            if changed.least > 0.95 * run.least:
+        chosen: list[dict[str, Any]] = []
+        for remedy in _remedies(self.config, _is_gpu(gpu)):
+            run, changed = self._with(chosen), self._with([*chosen, remedy])
+            if not changed.is_valid or changed.least(gpu) > 0.95 * run.least(gpu):
                 continue
-            fits = changed.fit(gpu)[1].total <= _limit(gpu.memory)
-            changes.append(Change(setting, run.least - changed.least, changed.least, fits))
-            run = changed
-            if fits:
+            chosen.append(remedy)
+            if changed.fits(gpu):
                 break
+        with_all = self._with(chosen)
+        for remedy in chosen[-2::-1]:  # what a later one has made needless
+            rest = [other for other in chosen if other is not remedy]
+            without = self._with(rest)
+            suffices = without.fits(gpu) if with_all.fits(gpu) else without.least(gpu) < with_all.least(gpu) / 0.95
+            if suffices and without.is_valid:
+                chosen = rest
+        changes, before = list[Change](), self.least(gpu)
+        for number, remedy in enumerate(chosen, 1):
+            changed = self._with(chosen[:number])
+            least = changed.least(gpu)
+            changes.append(Change(_setting(remedy), before - least, least, changed.fits(gpu)))
+            before = least
         return changes
 
+    def _with(self, remedies: Sequence[dict[str, Any]]) -> _Run:
+        config, mix = self.config, self.mix
+        for update in remedies:
+            config = config.model_copy(update=update)
+            if not update.keys().isdisjoint(_LENGTHS):
+                mix = mix._replace(longest=max(mix.longest // 2, 1))
+        return _Run(config, mix, self.shapes)
+
     @property
-    def least(self) -> float:
-        """Bytes with the smallest micro-batch, and as much recomputed as the settings allow."""
+    def is_valid(self) -> bool:
+        return not _message(lambda: type(self.config)(**self.config.model_dump()))
+
+    def fits(self, gpu: Gpu) -> bool:
+        return self.fit(gpu)[1].total <= _limit(gpu.memory)
+
+    def least(self, gpu: Gpu) -> float:
+        """Bytes with the smallest micro-batch that the settings allow, and as much recomputed."""
+        if not _is_gpu(gpu):
+            return self.fit(gpu)[1].total
         recomputed = self.shape.layers if self.config.gradient_checkpointing else 0
         return self.memory(max(self.config.token_budget or 0, self.mix.longest), recomputed).total
 
 
-def _remedies(config: BaseConfig) -> list[tuple[str, dict[str, Any]]]:
-    found: list[tuple[str, dict[str, Any]]] = []
-    if not config.gradient_checkpointing:
-        found.append(("gradient_checkpointing=auto", {"gradient_checkpointing": "auto"}))
+def _is_gpu(gpu: Gpu) -> bool:
+    return gpu.peak > 0 or torch.cuda.is_available()  # one that is not in the table has no known speed
+
+
+def _setting(update: dict[str, Any]) -> str:
+    """As `key=value` on the command line."""
+    return " ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in update.items())
+
+
+def _remedies(config: BaseConfig, on_gpu: bool) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    if not on_gpu and config.gradient_checkpointing is not True:
+        found.append({"gradient_checkpointing": True})  # auto recomputes nothing there
+    elif not config.gradient_checkpointing:
+        found.append({"gradient_checkpointing": "auto"})
     if config.token_budget:
-        found.append(("token_budget=null", {"token_budget": None}))
-    if not config.use_lora and config.optim == "adamw":
-        found.append(("optim=adamw_8bit", {"optim": "adamw_8bit"}))
-    if getattr(config, "precompute_reference", None) is False and not config.streaming:
-        found.append(("precompute_reference=true", {"precompute_reference": True}))
+        found.append({"token_budget": None})
+    if on_gpu and not config.use_lora and config.optim == "adamw":
+        found.append({"optim": "adamw_8bit"})
+    if getattr(config, "precompute_reference", None) is False:
+        found.append({"precompute_reference": True})
     if not config.use_lora:
-        found.append(("use_lora=true", {"use_lora": True}))
+        found.append({"use_lora": True})
     if config.lora_r > 8:
-        found.append(("lora_r=8", {"lora_r": 8}))
-    if not (config.load_in_4bit or config.load_in_8bit) and config.init_lora_weights in ("default", "gaussian"):
-        found.append(("load_in_4bit=true", {"load_in_4bit": True, "base_precision": None}))
-    length = config.max_seq_length // 2
-    found.append((f"max_seq_length={length}", {"max_seq_length": length}))
+        found.append({"lora_r": 8})
+    if not config.load_in_8bit:
+        found.append({"load_in_4bit": True} | ({"base_precision": None} if config.base_precision else {}))
+    length = next(key for key in _LENGTHS if getattr(config, key, None))
+    found.append({length: getattr(config, length) // 2})
     return found
-
-
-# ---------------------------------------------------------------- the data
-
-
-def _mix(config: BaseConfig) -> Mix:
-    """What the training data is like; assumed where reading it would take long, or cannot be done yet."""
-    try:
-        if not _is_small(config):
-            raise DatasetError("large, or on the hub")
-        return _measured_mix(config)
-    except (DatasetError, ModelLoadError) as error:
-        reason = str(error).splitlines()[0]
-    completions = 1 if config.method in ("sft", "kto") else 2
-    limit = getattr(config, "max_length", None) or config.max_seq_length
-    prompt, answer = min(250, limit // 2), min(305, limit // 2)
-    return Mix(
-        tokens=prompt + completions * answer,
-        targets=completions * answer,
-        pairs=prompt**2 / 2 + completions * answer * (prompt + answer / 2),
-        longest=completions * limit,
-        note=f"not read ({reason}): assuming prompts of {prompt} tokens, answers of {answer}, examples of up to "
-        f"{completions * limit:,}",
-    )
-
-
-def _is_small(config: BaseConfig) -> bool:
-    """Whether the data is here and read at once; a file that is missing is left to those who read it."""
-    paths = [source.path for source in data_sources(config.dataset_path) if not source.path.startswith("sample:")]
-    size = 0
-    for path in (Path(path).expanduser() for path in paths):
-        if not path.exists() and not path.suffix:  # a hub id
-            return False
-        files = path.rglob("*") if path.is_dir() else [path]
-        size += sum(file.stat().st_size for file in files if file.is_file())
-    return size <= _READ_AT_ONCE
-
-
-def _measured_mix(config: BaseConfig) -> Mix:
-    logging.disable(logging.WARNING)  # what is said there is for training
-    try:
-        return _mix_of(config)
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _mix_of(config: BaseConfig) -> Mix:
-    rows = sum(1 for _ in read_rows(config, config.dataset_path))
-    with tempfile.TemporaryDirectory() as elsewhere:
-        update = {"max_samples": min(rows, _SAMPLE), "output_dir": elsewhere, "streaming": False}
-        try:
-            dataset = BaseTrainer(config.model_copy(update=update)).get_data_loader().load()["train"]
-        except DatasetError as error:
-            raise DatasetError(str(error).partition("; listed in ")[0]) from None
-    groups: Sequence[Group] = dataset.groups
-    more = max(rows / _SAMPLE, 1.0)
-    capacity = config.max_seq_length if getattr(config, "packing", False) else None
-    sequences = max(round(len(Sequences(groups, capacity)) * more), 1)
-    an_epoch = math.ceil(math.ceil(sequences / config.per_device_train_batch_size) / config.gradient_accumulation_steps)
-    pairs = [
-        len(g.prompt) ** 2 / 2 + sum(len(c.ids) * (len(g.prompt) + len(c.ids) / 2) for c in g.completions)
-        for g in groups
-    ]
-    tokens = float(np.mean([group.num_tokens for group in groups]))
-    return Mix(
-        tokens=tokens,
-        targets=float(np.mean([sum(int(c.targets.sum()) for c in group.completions) for group in groups])),
-        pairs=float(np.mean(pairs)),
-        longest=max(group.num_tokens for group in groups),
-        steps=config.max_steps or math.ceil(config.num_train_epochs * an_epoch),
-        examples_a_step=len(groups) * more / an_epoch,
-        note=f"{round(len(groups) * more):,} examples to train on, of {tokens:,.0f} tokens on average"
-        + (f" (measured on {_SAMPLE:,} rows)" if more > 1 else ""),
-    )

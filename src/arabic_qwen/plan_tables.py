@@ -34,6 +34,9 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
     yield f"data   {escape(plan.mix.note)}{steps}"
     yield ""
     yield _devices(plan)
+    for device in plan.devices:
+        if device.refusal:
+            yield f"no on {escape(device.name)}: {escape(device.refusal)}"
     yield ""
     yield from _bars(plan)
     for device in plan.devices:
@@ -56,8 +59,8 @@ def _devices(plan: Plan) -> Table:
             "[green]yes[/]" if device.fits else "[red]no[/]",
             f"{device.fit.token_budget:,}",
             f"{device.fit.recomputed} of {plan.shape.layers}",
-            f"{device.tokens_per_s:,.0f}" if device.tokens_per_s and device.fits else "–",
-            _duration(device.seconds) if device.seconds and device.fits else "–",
+            f"{device.tokens_per_s:,.0f}" if device.tokens_per_s else "–",
+            _duration(device.seconds) if device.seconds else "–",
         )
     return table
 
@@ -87,17 +90,20 @@ def _bars(plan: Plan) -> Iterator[RenderableType]:
 
 def _changes(device: Estimate) -> Iterator[str]:
     yield f"to fit on {device.name}, in this order:"
+    width = max(len(change.setting) for change in device.changes)
     for change in device.changes:
         saved, least = f"{change.saved / 1e9:.1f}", f"{change.least / 1e9:.1f}"
-        yield f"  {change.setting:<28}saves {saved:>5} GB: at least {least} GB{', fits' if change.fits else ''}"
+        yield f"  {change.setting:<{width}}  saves {saved:>5} GB: at least {least} GB{', fits' if change.fits else ''}"
     if not any(change.fits for change in device.changes):
         yield "  and a smaller model: that is still too much"
 
 
 def _duration(seconds: float) -> str:
+    if seconds <= 120:
+        return f"{math.ceil(seconds)} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
     minutes = math.ceil(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours / 24:.1f} days"
 
@@ -115,15 +121,19 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "devices": [
             {
                 "name": device.name,
-                "memory": device.memory,
+                "memory": round(device.memory),
                 "peak": round(device.parts.total),
                 "parts": {name: round(size) for name, size in device.parts._asdict().items()},
                 "fits": device.fits,
+                "refusal": device.refusal or None,
                 "token_budget": device.fit.token_budget,
                 "recomputed_layers": device.fit.recomputed,
                 "tokens_per_s": device.tokens_per_s,
                 "seconds": device.seconds,
-                "changes": [change._asdict() for change in device.changes],
+                "changes": [
+                    change._asdict() | {"saved": round(change.saved), "least": round(change.least)}
+                    for change in device.changes
+                ],
             }
             for device in plan.devices
         ],

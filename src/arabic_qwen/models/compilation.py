@@ -32,17 +32,26 @@ def worthwhile(config: BaseConfig, model: Any, tokens: float) -> bool:
     Raises:
         ConfigurationError: `torch_compile` is true where layers cannot be compiled.
     """
-    head = model.get_output_embeddings().weight
-    flash = config.use_flash_attention and flash_runs(head.device, compute_dtype(config))
+    flash = compilable(config, model.get_output_embeddings().weight.device)
+    if config.torch_compile != "auto":
+        return config.torch_compile
+    unusual = config.deepspeed or config.use_dora or config.load_in_8bit
+    return flash and not unusual and model.num_parameters() * tokens > WORTHWHILE
+
+
+def compilable(config: BaseConfig, device: torch.device) -> bool:
+    """Whether flash attention, which compiled layers need, runs on `device`.
+
+    Raises:
+        ConfigurationError: it does not, and `torch_compile` is true.
+    """
+    flash = config.use_flash_attention and flash_runs(device, compute_dtype(config))
     if config.torch_compile is True and not flash:
         raise ConfigurationError(
             "torch_compile: needs a GPU with flash attention (Ampere or newer, bfloat16 or float16, "
             "use_flash_attention); set it to auto or false"
         )
-    if config.torch_compile != "auto":
-        return config.torch_compile
-    unusual = config.deepspeed or config.use_dora or config.load_in_8bit
-    return flash and not unusual and model.num_parameters() * tokens > WORTHWHILE
+    return flash
 
 
 def compile_packed(model: Any) -> None:

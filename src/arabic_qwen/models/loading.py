@@ -25,7 +25,14 @@ from arabic_qwen.models.fp8 import convert_to_fp8
 from arabic_qwen.models.precision import check_fp8, compute_dtype, device, keep_quantized_layout, quantization
 from arabic_qwen.models.safety import read_json, refuse_pickle
 from arabic_qwen.models.scoring import enable_packed_forward
-from arabic_qwen.models.sources import base_of, is_adapter, load_error, locate_model, resolve_model_name
+from arabic_qwen.models.sources import (
+    base_of,
+    is_adapter,
+    load_error,
+    locate_configuration,
+    locate_model,
+    resolve_model_name,
+)
 
 # Or transformers asks a service to convert weights that are pickled on the hub, and loads what that answers.
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
@@ -34,10 +41,12 @@ os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the hub; an adapter without one has that of its base model.
 
+    A model's weights may be missing.
+
     Raises:
         ModelLoadError: it cannot be found or read.
     """
-    path = locate_model(name)
+    path = locate_model(name) if is_adapter(name) else locate_configuration(name)
     if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
         path = _locate_base(name, path)
     try:

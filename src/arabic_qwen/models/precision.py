@@ -128,13 +128,17 @@ def check_fp8(config: BaseConfig) -> None:
         return
     if not torch.cuda.is_available():
         raise ConfigurationError("base_precision: fp8 needs a CUDA device; set it to null")
-    found = torch.cuda.get_device_capability()
-    if found < (8, 9):  # as torch._scaled_mm
+    check_fp8_on(torch.cuda.get_device_capability(), compute_dtype(config))
+
+
+def check_fp8_on(capability: tuple[int, int], dtype: torch.dtype) -> None:
+    """Raise ConfigurationError where a GPU of this compute capability, or computation in `dtype`, does not allow fp8."""
+    if capability < (8, 9):  # as torch._scaled_mm
         raise ConfigurationError(
             "base_precision: fp8 needs a GPU of compute capability 8.9 or newer (Ada, Hopper), "
-            f"this one has {found[0]}.{found[1]}; set it to null"
+            f"this one has {capability[0]}.{capability[1]}; set it to null"
         )
-    if compute_dtype(config) is not torch.bfloat16:
+    if dtype is not torch.bfloat16:
         raise ConfigurationError(
             "base_precision: fp8 layers give bfloat16; set torch_dtype to bfloat16 and fp16 to false, "
             "or base_precision to null"

@@ -107,14 +107,16 @@ def locate_configuration(name: str) -> str:
     """The folder or hub id whose config.json describes the model, or an adapter's base model; weights may be missing.
 
     Raises:
-        ModelLoadError: there is none, or it is of a model that cannot be trained.
+        ModelLoadError: there is none, or it is of a model that cannot be trained, or whose weights are pickled.
     """
     path = resolve_model_name(name)
+    if not any(Path(path).glob("*.safetensors")) and (pickled := pickled_weights(Path(path))):
+        raise refuse_pickle(name, pickled[0])
     if is_adapter(path):
         return locate_configuration(base_of(path))
     if not (Path(path) / "config.json").is_file():
         return locate_model(name)
-    check_files(name, path, ["config.json"])
+    check_files(name, path)
     _check_config(name, path, None)
     return path
 

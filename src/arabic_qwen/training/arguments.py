@@ -77,7 +77,7 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
     Raises:
         ConfigurationError: transformers refuses a value, or a package that it needs is missing.
     """
-    _check_packages(config)
+    check_packages(config)
     dtype = compute_dtype(config)
     checkpointing: dict[str, Any] = {
         _CHECKPOINTING: _recomputes(config),
@@ -153,7 +153,8 @@ def _recomputes(config: BaseConfig) -> bool:
     return torch.cuda.is_available() if config.gradient_checkpointing == "auto" else config.gradient_checkpointing
 
 
-def _check_packages(config: BaseConfig) -> None:
+def check_packages(config: BaseConfig) -> None:
+    """Raise ConfigurationError where a package, or a device that it works on, is missing."""
     if config.optim == "adamw_8bit":
         if not torch.cuda.is_available():
             raise ConfigurationError("optim: adamw_8bit needs a CUDA device; set it to adamw")

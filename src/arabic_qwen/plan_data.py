@@ -1,0 +1,106 @@
+"""What a run's data is like, for `arabic-qwen plan`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from arabic_qwen.config import BaseConfig
+from arabic_qwen.config.data import data_sources
+from arabic_qwen.data.packing import Group
+from arabic_qwen.data.sources import read_rows
+from arabic_qwen.errors import DatasetError, ModelLoadError
+from arabic_qwen.training.base_trainer import BaseTrainer
+from arabic_qwen.training.sampler import Sequences
+
+_SAMPLE = 1000  # rows whose lengths are measured
+_READ_AT_ONCE = 20e6  # bytes of data files that take no noticeable time
+
+
+class Mix(NamedTuple):
+    """What the examples are like: measured on the data, or assumed."""
+
+    tokens: float  # of an example in the stream, where its prompt counts once
+    targets: float
+    pairs: float  # of a query and a key that it sees
+    longest: int  # tokens of the longest example
+    steps: int | None = None  # of the run; None: the data was not read
+    examples_a_step: float = 1.0
+    note: str = ""
+
+
+def mix_of(config: BaseConfig) -> Mix:
+    """What the training data is like; assumed where reading it would take long, or cannot be done yet."""
+    try:
+        if not _is_small(config):
+            raise DatasetError("large, or on the hub")
+        return _measured_mix(config)
+    except (DatasetError, ModelLoadError) as error:
+        reason = str(error).splitlines()[0]
+    completions = 1 if config.method in ("sft", "kto") else 2
+    limit = getattr(config, "max_length", None) or config.max_seq_length
+    prompt, answer = min(250, limit // 2), min(305, limit // 2)
+    return Mix(
+        tokens=prompt + completions * answer,
+        targets=completions * answer,
+        pairs=prompt**2 / 2 + completions * answer * (prompt + answer / 2),
+        longest=completions * limit,
+        note=f"not read ({reason}): assuming prompts of {prompt} tokens, answers of {answer}, examples of up to "
+        f"{completions * limit:,}",
+    )
+
+
+def _is_small(config: BaseConfig) -> bool:
+    """Whether the data is here and read at once; a file that is missing is left to those who read it."""
+    paths = [source.path for source in data_sources(config.dataset_path) if not source.path.startswith("sample:")]
+    size = 0
+    for path in (Path(path).expanduser() for path in paths):
+        if not path.exists() and not path.suffix:  # a hub id
+            return False
+        files = path.rglob("*") if path.is_dir() else [path]
+        size += sum(file.stat().st_size for file in files if file.is_file())
+    return size <= _READ_AT_ONCE
+
+
+def _measured_mix(config: BaseConfig) -> Mix:
+    logging.disable(logging.WARNING)  # what is said there is for training
+    try:
+        return _sampled_mix(config)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _sampled_mix(config: BaseConfig) -> Mix:
+    rows = sum(1 for _ in read_rows(config, config.dataset_path))
+    with tempfile.TemporaryDirectory() as elsewhere:
+        update = {"max_samples": min(rows, _SAMPLE), "output_dir": elsewhere, "streaming": False}
+        try:
+            dataset = BaseTrainer(config.model_copy(update=update)).get_data_loader().load()["train"]
+        except DatasetError as error:
+            raise DatasetError(str(error).partition("; listed in ")[0]) from None
+    groups: Sequence[Group] = dataset.groups
+    more = max(rows / _SAMPLE, 1.0)
+    capacity = config.max_seq_length if getattr(config, "packing", False) else None
+    sequences = max(round(len(Sequences(groups, capacity)) * more), 1)
+    an_epoch = math.ceil(math.ceil(sequences / config.per_device_train_batch_size) / config.gradient_accumulation_steps)
+    pairs = [
+        len(g.prompt) ** 2 / 2 + sum(len(c.ids) * (len(g.prompt) + len(c.ids) / 2) for c in g.completions)
+        for g in groups
+    ]
+    tokens = float(np.mean([group.num_tokens for group in groups]))
+    return Mix(
+        tokens=tokens,
+        targets=float(np.mean([sum(int(c.targets.sum()) for c in group.completions) for group in groups])),
+        pairs=float(np.mean(pairs)),
+        longest=max(group.num_tokens for group in groups),
+        steps=config.max_steps or math.ceil(config.num_train_epochs * an_epoch),
+        examples_a_step=len(groups) * more / an_epoch,
+        note=f"{round(len(groups) * more):,} examples to train on, of {tokens:,.0f} tokens on average"
+        + (f" (measured on {_SAMPLE:,} rows)" if more > 1 else ""),
+    )
