@@ -17,10 +17,10 @@ UNFINISHED = ".unfinished-"
 
 _FREE = "free some space there, or choose another folder"
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 # Errors by which the place is at fault, not the program.
 _OF_THE_PLACE = _FULL | {
-    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG),
     *(errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE),
 }
 
@@ -70,6 +70,8 @@ def _error_number(error: Exception) -> int | None:
 def _output_error(path: Path, number: int, needed: int, full: str = _FREE) -> OutputError:
     reason = "its folder is gone" if number == errno.ENOENT else os.strerror(number)
     remedy = "correct that, or choose another folder"
+    if number == errno.EFBIG:
+        return OutputError(f"{path}: cannot be written ({reason}); raise the limit on the size of files (ulimit -f)")
     if number in _FULL:
         remedy = full
         reason += f": about {readable(needed)} needed" if needed else ""

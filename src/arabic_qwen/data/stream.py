@@ -79,10 +79,14 @@ class GroupStream:
 
     def _check_unchanged(self) -> None:
         """A file that is cut short would only seem to end sooner."""
-        changed = sorted(set(self.identity) ^ set(self._identify()))
-        if changed:
+        now = self._identify()
+        if set(now) != set(self.identity):
+            before, after = (
+                ", ".join(sorted(set(a) - set(b))) for a, b in ((self.identity, now), (now, self.identity))
+            )
             raise DatasetError(
-                f"dataset_path: the data changed while it was read ({' → '.join(changed)}); put back what was there"
+                f"dataset_path: the data changed while it was read ({before or 'nothing'} → {after or 'nothing'}); put back "
+                "what was there"
             )
 
     def summary(self) -> str:

@@ -194,9 +194,10 @@ class GuardedTrainer(ResumableTrainer):
         self._judged.clear()
         saved = self._return_to(judged.before)
         raise TrainingError(
-            f"step {judged.step}: the {what}, in {rows}; the weights are as they were before it{saved}. Correct "
-            "these rows, or set torch_dtype to float32, and go on with resume_changed=true; if the loss had grown before, "
-            "begin anew with a lower learning_rate and resume_from_checkpoint=never"
+            f"step {judged.step}: the {what}, in {rows}; the weights are as they were before it{saved}. If the loss had "
+            f"grown before, begin anew with a learning_rate below {self.args.learning_rate:g} and "
+            "resume_from_checkpoint=never; else correct these rows, or set torch_dtype to float32, and go on with "
+            "resume_changed=true"
         )
 
     def _run_state(self) -> dict[str, Any]:
