@@ -110,12 +110,12 @@ def locate_configuration(name: str) -> str:
         ModelLoadError: there is none, or it is of a model that cannot be trained, or whose weights are pickled.
     """
     path = resolve_model_name(name)
-    if not any(Path(path).glob("*.safetensors")) and (pickled := pickled_weights(Path(path))):
-        raise refuse_pickle(name, pickled[0])
     if is_adapter(path):
         return locate_configuration(base_of(path))
     if not (Path(path) / "config.json").is_file():
         return locate_model(name)
+    if not any(Path(path).glob("*.safetensors")) and (pickled := pickled_weights(Path(path))):
+        raise refuse_pickle(name, pickled[0])
     check_files(name, path)
     _check_config(name, path, None)
     return path
