@@ -208,6 +208,7 @@ class TestBadRowsThatMayBeLeftOut:
             splits = some.load()
         assert splits["train"].rows == 2
         assert "bad rows: 2 left out, listed in bad_rows.jsonl" in caplog.text
+        (tmp_path / "run").mkdir()
         some.bad_rows.keep()
         entries = [json.loads(line) for line in (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()]
         assert [entry["where"] for entry in entries] == [f"{path}:2", f"{path}:4"]
