@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the background jobs of a shell ignore it
 
 # Times vary too much on shared machines for a deadline per example; the same examples are tried on each run.
 settings.register_profile("suite", deadline=None, derandomize=True, database=None)
