@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.models.compilation import WORTHWHILE, compilable
+from arabic_qwen.models.compilation import compilable, pays
 from arabic_qwen.models.memory import Memory, ModelShape, model_shape, step_memory
 from arabic_qwen.models.precision import check_fp8, check_fp8_on, compute_dtype, device, quantization
 from arabic_qwen.models.sources import locate_configuration
@@ -215,12 +215,7 @@ class _Run:
 
     @property
     def compiled(self) -> bool:
-        """As :func:`arabic_qwen.models.compilation.worthwhile` on a GPU that has flash attention."""
-        config = self.config
-        if config.torch_compile != "auto":
-            return config.torch_compile
-        unusual = config.deepspeed or config.use_dora or config.load_in_8bit or not config.use_flash_attention
-        return not unusual and self.shape.parameters * (self.tokens or math.inf) > WORTHWHILE
+        return pays(self.config, self.shape.parameters, self.tokens or math.inf)
 
     def memory(self, tokens: int, recomputed: int, on_gpu: bool = True) -> Memory:
         dtype = _dtype(self.config)

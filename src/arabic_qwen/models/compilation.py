@@ -13,6 +13,7 @@ from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.attention import flash_runs
 from arabic_qwen.models.precision import compute_dtype
+from arabic_qwen.models.recompute import decoder_layers
 
 # transformers recomputes a layer in its __call__, or (newer) in a wrapper around its class's forward.
 _RECOMPUTED_OUTSIDE = "__call__" in vars(GradientCheckpointingLayer)
@@ -21,9 +22,8 @@ _RECOMPUTED_OUTSIDE = "__call__" in vars(GradientCheckpointingLayer)
 # few by default, torch.compile would silently stop to compile.
 _VARIANTS = 64
 
-
 # Parameters × tokens of a run that pays for compiling: some minutes on an H100, of which a quarter is saved.
-WORTHWHILE = 2e16
+_WORTHWHILE = 2e16
 
 
 def worthwhile(config: BaseConfig, model: Any, tokens: float) -> bool:
@@ -33,10 +33,15 @@ def worthwhile(config: BaseConfig, model: Any, tokens: float) -> bool:
         ConfigurationError: `torch_compile` is true where layers cannot be compiled.
     """
     flash = compilable(config, model.get_output_embeddings().weight.device)
+    return flash and pays(config, model.num_parameters(), tokens)
+
+
+def pays(config: BaseConfig, parameters: int, tokens: float) -> bool:
+    """:func:`worthwhile` on a GPU that has flash attention."""
     if config.torch_compile != "auto":
         return config.torch_compile
-    unusual = config.deepspeed or config.use_dora or config.load_in_8bit
-    return flash and not unusual and model.num_parameters() * tokens > WORTHWHILE
+    unusual = config.deepspeed or config.use_dora or config.load_in_8bit or not config.use_flash_attention
+    return not unusual and parameters * tokens > _WORTHWHILE
 
 
 def compilable(config: BaseConfig, device: torch.device) -> bool:
@@ -65,7 +70,7 @@ def compile_packed(model: Any) -> None:
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for layer in base.get_decoder().layers:
+    for layer in decoder_layers(model):
         layer.forward = types.MethodType(_dispatching(type(layer)), layer)  # type: ignore[arg-type]
     base.compiled = True
 

@@ -123,7 +123,7 @@ _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"),
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
 )
-_MOST_LAYERS, _MOST_WEIGHTS = 1000, 10**12  # ten times what any Qwen model has
+_MOST_LAYERS, _MOST_WEIGHTS = 1000, 10**12  # far more than any Qwen model has
 
 Shapes = Mapping[str, Sequence[int]]
 

@@ -130,9 +130,8 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
                 f"ddp_backend: {config.ddp_backend!r} is for several processes, which torchrun starts; set it to null"
             ) from error
         raise ConfigurationError(f"transformers refuses the configuration: {error}") from error
-    arguments.save_steps = (
-        schedule.save_steps
-    )  # transformers takes only multiples of eval_steps, though divisors do too
+    # transformers' own check takes only multiples of eval_steps, though divisors do too.
+    arguments.save_steps = schedule.save_steps
     return arguments
 
 
