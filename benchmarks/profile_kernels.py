@@ -71,8 +71,8 @@ def kernels(recorded: profile) -> list[tuple[str, float, float, float]]:
     for event in recorded.events():
         if event.name.startswith(ANNOTATIONS) or getattr(event, "is_user_annotation", False):
             continue
-        on_gpu = event.device_type is DeviceType.CUDA
-        if on_gpu is torch.cuda.is_available():
+        on_gpu = event.device_type == DeviceType.CUDA
+        if on_gpu == torch.cuda.is_available():
             own = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
             found.append((event.name, event.time_range.start / 1e3, event.time_range.end / 1e3, own / 1e3))
     return found

@@ -111,6 +111,7 @@ def configuration(method: str, args: argparse.Namespace, output_dir: str, **valu
         "evaluation_strategy": "no",
         "save_strategy": "no",
         "load_best_model_at_end": False,
+        "torch_compile": torch.cuda.is_available(),  # auto takes so few steps for a run that does not pay for it
         "torch_dtype": args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"),
     }
     given = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.set)}

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -279,6 +280,7 @@ class TestWorkers:
             names = [(int(child), Path(f"/proc/{child}/cmdline").read_bytes()) for child in children]
             own = Path("/proc/self/cmdline").read_bytes()  # forked, so by the same name
             os.kill(next(child for child, name in names if name == own), signal.SIGKILL)
+            time.sleep(60)  # until the news of it breaks in, which on a busy machine is some steps later
 
         with pytest.raises(
             TrainingError, match=r"dataloader_num_workers: a data worker is killed by signal: Killed, most"

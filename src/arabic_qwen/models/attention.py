@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from arabic_qwen.data.packing import PackedBatch
+from arabic_qwen.models.logps import matmul_dtype
 
 PACKED_ATTENTION = "arabic_qwen_packed"
 
@@ -34,8 +35,9 @@ def packed_attention_forward(
     """Causal attention within each segment of `packed`; PyTorch SDPA for calls without one (generation, padding)."""
     if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    # Rotary embedding may have promoted query and key under autocast.
-    query, key, value = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
+    # Under autocast, rotary embedding promotes query and key, and DoRA on a quantised base promotes all three.
+    dtype = matmul_dtype(value)
+    query, key, value = (t[0].transpose(0, 1).to(dtype) for t in (query, key, value))
     if packed.kv_index is not None:
         key, value = key.index_select(0, packed.kv_index), value.index_select(0, packed.kv_index)
     attend = _varlen if use_flash else _segments
