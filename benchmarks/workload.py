@@ -32,6 +32,7 @@ from arabic_qwen.config import METHOD_CONFIGS, BaseConfig
 from arabic_qwen.data.packing import Completion, Group
 from arabic_qwen.models.loading import load_tokenizer
 from arabic_qwen.models.sources import EMBEDDED_MODEL, resolve_model_name
+from arabic_qwen.plan import gpu_named
 from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.sampler import Sequences, StepSampler
 
@@ -43,8 +44,6 @@ SHAPES = {
     "7b": (3584, 18944, 28, 28, 4, 152064, False),
     "14b": (5120, 13824, 48, 40, 8, 152064, False),
 }
-#: Dense bfloat16 TFLOP/s by part of the device's name, from the makers' data sheets.
-PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "4090": 165.2, "3060": 51.2}
 PACKAGES = ("torch", "transformers", "peft", "trl", "unsloth")
 TINY = 50e6  # parameters below which a model gets an eighth of the lengths
 LONGEST = 1024  # tokens of a prompt, and of a completion
@@ -196,8 +195,8 @@ def useful_flops(method: str, groups: list[Group], config: Any, rank: int = 16) 
 
 
 def mfu(flops: float, seconds: float) -> float | None:
-    peak = next((p for name, p in PEAK_TFLOPS.items() if name in device_name()), None)
-    return round(flops / seconds / peak / 1e12, 4) if peak else None
+    gpu = gpu_named(device_name())
+    return round(flops / seconds / gpu.peak, 4) if gpu else None
 
 
 def device_name() -> str:

@@ -143,9 +143,14 @@ def _here() -> tuple[str, Gpu]:
     if not torch.cuda.is_available():
         return "this processor", Gpu(psutil.virtual_memory().total, 0.0, 0.0, (0, 0))
     name, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
-    like = [gpu for known, gpu in GPUS.items() if known.split(" ")[-2 if "GB" in known else -1] in name]
-    known = like[-1] if like else Gpu(0.0, 0.0, 0.0, (0, 0))
+    known = gpu_named(name) or Gpu(0.0, 0.0, 0.0, (0, 0))
     return f"this {name.removeprefix('NVIDIA ')}", known._replace(memory=memory)
+
+
+def gpu_named(name: str) -> Gpu | None:
+    """The GPU that a driver calls so, as "NVIDIA H100 80GB HBM3"."""
+    found = [gpu for known, gpu in GPUS.items() if known.split(" ")[-2 if "GB" in known else -1] in name]
+    return found[-1] if found else None
 
 
 def _message(check: Callable[..., object], *args: Any) -> str:
