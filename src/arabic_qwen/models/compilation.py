@@ -83,6 +83,8 @@ def _dispatching(kind: type) -> Any:
     def forward(self, hidden_states, *args, packed=None, **kwargs):
         if packed is None:
             return ordinary(self, hidden_states, *args, **kwargs)
+        if torch.is_grad_enabled():  # else the first layer, whose input is frozen, would be compiled apart
+            hidden_states.requires_grad_()
         run = functools.partial(compiled, self, packed=packed, **kwargs)
         if self.gradient_checkpointing and self.training and not _RECOMPUTED_OUTSIDE:
             return self._gradient_checkpointing_func(run, hidden_states, *args)
