@@ -2,13 +2,14 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from arabic_qwen.config import DPOConfig, SFTConfig
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.models import adapters
-from arabic_qwen.models.adapters import add_lora, grow_embedding
+from arabic_qwen.models.adapters import add_lora, grow_embedding, load_adapter
 from arabic_qwen.models.loading import load_model
 from arabic_qwen.models.scoring import enable_packed_forward, score_completions
 from arabic_qwen.training.base_trainer import BaseTrainer
@@ -272,17 +273,16 @@ class TestNewTokens:
         assert model.config.vocab_size == len(tokenizer) + 100
 
 
-class TestInputOfAdapters:
+class TestForwardOfAdapters:
     """Under autocast adapters take the layer's input as it is, in half precision."""
 
-    def run(self, tiny_model, monkeypatch, *, as_peft: bool, autocast: bool = True, **values):
-        if as_peft:
-            monkeypatch.setattr(adapters, "_cast_outside_autocast", lambda x, dtype: x.to(dtype))
+    def run(self, tiny_model, *, as_peft: bool, autocast: bool = True, **values):
         config = SFTConfig(lora_target_modules="all-linear", lora_dropout=0.0, **values)
         plain = tiny_model().bfloat16()
         enable_packed_forward(plain)
         model = add_lora(plain, config).train()
-        monkeypatch.undo()
+        if as_peft:
+            undo_forward(model)
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         kept = {}
 
@@ -301,20 +301,42 @@ class TestInputOfAdapters:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         return logps, gradients, sum(size for _, size in kept.values())
 
-    def test_same_results_in_less_memory(self, tiny_model, monkeypatch):
-        logps, gradients, size = self.run(tiny_model, monkeypatch, as_peft=False)
-        peft_logps, peft_gradients, peft_size = self.run(tiny_model, monkeypatch, as_peft=True)
+    def test_same_results_in_less_memory(self, tiny_model):
+        logps, gradients, size = self.run(tiny_model, as_peft=False)
+        peft_logps, peft_gradients, peft_size = self.run(tiny_model, as_peft=True)
         assert torch.equal(logps, peft_logps)
         assert all(torch.equal(a, b) for a, b in zip(gradients, peft_gradients, strict=True)) and gradients
         assert size < 0.95 * peft_size
 
     @pytest.mark.parametrize("values", [{}, {"use_dora": True}], ids=str)
-    def test_is_cast_without_autocast(self, tiny_model, monkeypatch, values):
-        logps, gradients, _ = self.run(tiny_model, monkeypatch, as_peft=False, autocast=False, **values)
+    def test_is_cast_without_autocast(self, tiny_model, values):
+        logps, gradients, _ = self.run(tiny_model, as_peft=False, autocast=False, **values)
         assert logps.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
 
-    def test_doras_norms_stay_in_float32(self, tiny_model, monkeypatch):
-        logps, gradients, _ = self.run(tiny_model, monkeypatch, as_peft=False, use_dora=True)
-        peft_logps, peft_gradients, _ = self.run(tiny_model, monkeypatch, as_peft=True, use_dora=True)
+    def test_doras_norms_stay_in_float32(self, tiny_model):
+        logps, gradients, _ = self.run(tiny_model, as_peft=False, use_dora=True)
+        peft_logps, peft_gradients, _ = self.run(tiny_model, as_peft=True, use_dora=True)
         assert torch.equal(logps, peft_logps)
         assert all(torch.equal(a, b) for a, b in zip(gradients, peft_gradients, strict=True))
+
+    @pytest.mark.parametrize("values", [{}, {"lora_bias": True}, {"use_rslora": True}], ids=str)
+    def test_equal_to_pefts_in_any_scale(self, tiny_model, tmp_path, values):
+        """Of adapters from elsewhere too, as those with a bias."""
+        options = LoraConfig(r=6, lora_alpha=7, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **values)
+        get_peft_model(tiny_model(), options).save_pretrained(tmp_path)
+        results = []
+        for as_peft in (False, True):
+            model = load_adapter(tiny_model(), str(tmp_path), trainable=True).double()
+            if as_peft:
+                undo_forward(model)
+            logits = model(torch.arange(3, 60)[None]).logits
+            logits.logsumexp(-1).sum().backward()
+            results.append([logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+        assert len(results[0]) > 1
+
+
+def undo_forward(model):
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            vars(layer).pop("forward", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -119,21 +120,33 @@ def load_adapter(model: PreTrainedModel, path: str, *, trainable: bool = False) 
 
 
 def _adjusted(model: PeftModel) -> PeftModel:
-    """Checkpoints hold the policy's adapter: not a reference's, not the embedding; and no hub is asked.
-
-    Adapters under autocast take their input as it is: PEFT would make a float32 copy for each, and autocast one in half
-    precision of that, which the backward pass keeps.
-    """
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer) and not layer.lora_variant:  # DoRA's norms need float32
-            layer._cast_input_dtype = _cast_outside_autocast  # type: ignore[method-assign, assignment]
+    """Checkpoints hold the policy's adapter: not a reference's, not the embedding; and no hub is asked."""
+    module: Any
+    for module in model.modules():
+        plain = isinstance(module, LoraLayer) and not module.lora_variant and not any(module.lora_bias.values())
+        if plain and isinstance(module.get_base_layer(), torch.nn.Linear):
+            module.forward = types.MethodType(_forward, module)
     own = functools.partial(model.save_pretrained, selected_adapters=["default"], save_embedding_layers=False)
     model.save_pretrained = own  # type: ignore[method-assign]
     return model
 
 
-def _cast_outside_autocast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+def _forward(self: Any, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """PEFT's, with fewer passes over the activations.
+
+    Under autocast PEFT copies the input to float32, and autocast that to half precision, which the backward pass keeps.
+    It scales the adapter's output, [..., out], and so its gradient; here it is what the adapter is in between, [..., r].
+    """
+    if self.disable_adapters or self.merged or kwargs:
+        return type(self).forward(self, x, **kwargs)
+    result = self.base_layer(x)
+    dtype = result.dtype
+    for name in self.active_adapters:
+        if name in self.lora_A:
+            a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+            given = x if torch.is_autocast_enabled(x.device.type) else x.to(a.weight.dtype)
+            result = result + b(a(dropout(given)) * self.scaling[name])
+    return result.to(dtype)
 
 
 @torch.no_grad()
