@@ -86,7 +86,7 @@ def group(length):
 
 
 def test_longest_groups_fill_the_batch():
-    groups = [group(n) for n in (5, 30, 20, 7)]
+    groups = [group(n) for n in (30, 20, 7, 5)]
     assert [g.num_tokens for g in fitting.longest_groups(groups, 52)] == [30, 20]
     assert [g.num_tokens for g in fitting.longest_groups(groups, 10)] == [30]
     assert sum(g.num_tokens for g in fitting.longest_groups(groups, 1000)) > 995
@@ -151,6 +151,23 @@ def test_a_run_keeps_what_was_chosen(model_dir, sft_file, tmp_path, small_gpu, c
     assert trainer.trainer.get_train_dataloader().collate_fn.token_budget == progress["token_budget"]
     recomputes = [layer.gradient_checkpointing for layer in decoder_layers(trainer.model)]
     assert recomputes == [number < progress["recomputed"] for number in range(2)]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_auto_counts_when_it_is_set_later(model_dir, sft_file, tmp_path, small_gpu, caplog, before):
+    """After a run that was out of memory, as one may be told."""
+    caplog.set_level(logging.INFO)
+    values = dict(save_steps=1, evaluation_strategy="no", load_best_model_at_end=False)
+    config = sft_config(model_dir, sft_file, tmp_path / "run", callbacks=[StopAfter(1)], **values)
+    config.gradient_checkpointing = before
+    with pytest.raises(KeyboardInterrupt):
+        BaseTrainer(config).train()
+    caplog.clear()
+    config.gradient_checkpointing, config.callbacks = "auto", []
+    trainer = BaseTrainer(config)
+    trainer.train()
+    assert any("layers recomputed" in message for message in caplog.messages)
+    assert trainer.trainer.recomputed is not None
 
 
 def test_on_a_processor_auto_recomputes_nothing(model_dir, sft_file, tmp_path):

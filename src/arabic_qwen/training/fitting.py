@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from accelerate.utils import gather_object
 
 from arabic_qwen.data.packing import Group, pack
 from arabic_qwen.data.stream import GroupStream
+from arabic_qwen.models.memory_limit import is_out_of_memory
 from arabic_qwen.models.recompute import decoder_layers, recompute_first
 
 logger = logging.getLogger(__name__)
@@ -107,9 +109,8 @@ def _most_kept(measure: Callable[[int], float], layers: int, limit: float, peak:
     return kept, peak
 
 
-def longest_groups(groups: Sequence[Group], tokens: int) -> list[Group]:
-    """The longest groups, over again where there are too few, that fit into `tokens`; at least one."""
-    ordered = sorted(groups, key=lambda group: -group.num_tokens)
+def longest_groups(ordered: Sequence[Group], tokens: int) -> list[Group]:
+    """Of groups, longest first, those that fit into `tokens`, over again where there are too few; at least one."""
     chosen, room = [ordered[0]], tokens - ordered[0].num_tokens
     while room >= ordered[-1].num_tokens:
         for group in ordered:
@@ -131,7 +132,7 @@ class CudaMeasure:
 
     def __init__(self, model: Any, groups: Sequence[Group], optimizer_bytes: int):
         self.model = model
-        self.groups = groups
+        self.groups = sorted(groups, key=lambda group: -group.num_tokens)
         self.optimizer_bytes = optimizer_bytes
         self.device = next(model.parameters()).device
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -153,12 +154,16 @@ class CudaMeasure:
                 torch.cuda.reset_peak_memory_stats(self.device)
                 self.model(packed=batch).sum().backward()
             return torch.cuda.max_memory_allocated(self.device) + self.optimizer_bytes
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return math.inf
         finally:
             for parameter in self.trained:
                 parameter.grad = None
+            gc.collect()
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)  # the run's peak is not that of a try
 
 
 def fit(trainer: Any) -> None:
@@ -191,12 +196,14 @@ def fit(trainer: Any) -> None:
     )
     everyone = gather_object([found])
     trainer.token_budget = min(one.token_budget for one in everyone)
-    trainer.recomputed = max(one.recomputed for one in everyone)
+    recomputed = max(one.recomputed for one in everyone)
+    if trainer.fits_recompute:  # else it is the configuration's, which may change on resume
+        trainer.recomputed = recomputed
     trainer.fits_budget = trainer.fits_recompute = False
-    recompute_first(trainer.model, trainer.recomputed)
+    recompute_first(trainer.model, recomputed)
     used = "more" if math.isinf(found.peak) else f"{found.peak / 1e9:.0f}"
     logger.info(
-        f"token_budget {trainer.token_budget:,}, {trainer.recomputed} of {len(layers)} layers recomputed: "
+        f"token_budget {trainer.token_budget:,}, {recomputed} of {len(layers)} layers recomputed: "
         f"{used} of {memory / 1e9:.0f} GB"
     )
     if found.peak > USABLE * memory:
