@@ -15,12 +15,12 @@ from transformers import TrainerCallback
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.errors import DatasetError
+from arabic_qwen.models.memory import moment_bytes
 from arabic_qwen.training import checkpoints
 from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.engine import PackedTrainer, Step
 
 _PROCESSOR_TOKENS = 512  # that are computed to measure a processor, which takes seconds for them
-_ADAM_BYTES = 8  # two float32 moments a trained parameter
 
 
 class Measured(NamedTuple):
@@ -128,7 +128,7 @@ def _cost_lines(engine: PackedTrainer, config: BaseConfig) -> list[str]:
     ]
     if measured.resident is None or measured.peak is None:
         return [*lines, "memory     this system does not tell what is used"]
-    optimizer = _ADAM_BYTES * sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
+    optimizer = moment_bytes(engine.model, config.optim == "adamw_8bit")
     largest = max(len(batch.input_ids) for batch in first.batches)
     growing = (measured.peak - measured.resident) * max(1.0, largest / measured.tokens)
     return [

@@ -111,8 +111,8 @@ def plan(config: BaseConfig, gpus: Sequence[str] = ()) -> Plan:
     model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     mix = mix_of(config)
     shapes = functools.cache(
-        lambda r, use_lora, dtype: model_shape(
-            model_config, config.model_copy(update={"lora_r": r, "use_lora": use_lora}), dtype
+        lambda r, use_lora, optim, dtype: model_shape(
+            model_config, config.model_copy(update={"lora_r": r, "use_lora": use_lora, "optim": optim}), dtype
         )
     )
     run = _Run(config, mix, shapes)
@@ -196,7 +196,7 @@ class _Run:
         self.shapes = shapes
 
     def shape_in(self, dtype: torch.dtype) -> ModelShape:
-        return self.shapes(self.config.lora_r, self.config.use_lora, dtype)
+        return self.shapes(self.config.lora_r, self.config.use_lora, self.config.optim, dtype)
 
     @property
     def shape(self) -> ModelShape:

@@ -8,7 +8,7 @@ from transformers import Qwen2Config
 from arabic_qwen.config import DPOConfig, SFTConfig
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.adapters import add_lora
-from arabic_qwen.models.memory import model_shape, step_memory
+from arabic_qwen.models.memory import model_shape, moment_bytes, step_memory
 from arabic_qwen.models.recompute import decoder_layers
 
 SEVEN = Qwen2Config(
@@ -84,6 +84,34 @@ def test_each_saving_saves():
     whole = peak(SFTConfig(use_lora=False), recomputed=28)
     assert whole.weights + whole.optimizer == pytest.approx(16 * 7.616e9, rel=0.01)
     assert peak(DPOConfig(use_lora=False), second_model=True).reference == pytest.approx(4 * 7.616e9, rel=0.01)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_moments_are_those_of_the_optimizer(tiny_model, tied):
+    """Against what bitsandbytes' AdamW holds after a step, set up as transformers does: float32 for embeddings."""
+    model = tiny_model("qwen2", num_hidden_layers=2, vocab_size=600, tie_word_embeddings=tied)
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    embedding = model.get_input_embeddings()
+    manager.register_module_override(embedding, "weight", {"optim_bits": 32})
+    optimizer = bitsandbytes.optim.AdamW8bit(model.parameters())
+    optimizer.check_overrides()
+    for number, parameter in enumerate(model.parameters()):
+        optimizer.init_state(optimizer.param_groups[0], parameter, 0, number)
+    kept = ("state1", "state2", "absmax1", "absmax2")
+    held = sum(value.nbytes for state in optimizer.state.values() for key, value in state.items() if key in kept)
+    assert moment_bytes(model, eight_bit=True) == pytest.approx(held, rel=1e-3)
+    assert moment_bytes(model, eight_bit=False) == 8 * model.num_parameters()
+    config = SFTConfig(use_lora=False, optim="adamw_8bit")
+    assert model_shape(model.config, config, torch.float32).moments == moment_bytes(model, eight_bit=True)
+
+
+def test_8bit_moments_of_7b():
+    whole = peak(SFTConfig(use_lora=False, optim="adamw_8bit"))
+    embedding = 152064 * 3584
+    assert whole.optimizer == pytest.approx(6.03 * (7.616e9 - embedding) + 12 * embedding, rel=0.001)
+    model = torch.nn.Linear(64, 64, bias=False).requires_grad_(False)
+    assert moment_bytes(model, eight_bit=True) == 0
 
 
 def test_layers_that_the_model_lacks():

@@ -24,6 +24,25 @@ _HEAD_CHUNK = 2**29  # bytes (models/logps.py)
 _HEAD_BYTES = 8  # a logit, where one chunk holds all
 
 
+#: Trained tensors below this size keep float32 moments in the 8-bit optimizer, as embeddings of any size do.
+_SMALLEST_8BIT = 4096
+
+
+def moment_bytes(module: torch.nn.Module, eight_bit: bool) -> float:
+    """Bytes that AdamW's two moments of the module's trained parameters take.
+
+    Args:
+        eight_bit: bitsandbytes' AdamW, which keeps a float32 scale for each 256 elements of a moment.
+    """
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
+    total = 0.0
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            small = parameter.numel() < _SMALLEST_8BIT or id(parameter) in embeddings
+            total += parameter.numel() * (2 * (1 + 4 / 256) if eight_bit and not small else 8)
+    return total
+
+
 class ModelShape(NamedTuple):
     """What memory and time depend on."""
 
@@ -35,6 +54,7 @@ class ModelShape(NamedTuple):
     linear: int  # parameters of the layers' linear weights
     others: int  # all other parameters; a head that is tied to the embedding counts once
     adapters: int  # parameters; 0 without LoRA
+    moments: float  # bytes of the optimizer's, for what is trained
     kept: float  # bytes a token that a layer keeps for its backward pass, not compiled
 
     @property
@@ -76,6 +96,8 @@ def model_shape(model_config: PreTrainedConfig, config: BaseConfig, dtype: torch
         if config.use_lora:
             model = add_lora(model, config.model_copy(update={"init_lora_weights": "default"}))
             adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        eight_bit = config.optim == "adamw_8bit"
+        of_layer = moment_bytes(layer, eight_bit)
     layers, heads = model_config.num_hidden_layers, model_config.num_attention_heads
     size = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
     less, more = (_kept(model.train(), one, dtype, size, tokens) for tokens in (128, 256))
@@ -91,6 +113,7 @@ def model_shape(model_config: PreTrainedConfig, config: BaseConfig, dtype: torch
         linear=layers * linear,
         others=layers * (a_layer - linear) + outside,
         adapters=layers * adapters,
+        moments=moment_bytes(model, eight_bit) + (layers - 1) * of_layer,
         kept=(more - less) / 128 - dropped * (dtype.itemsize - 1),
     )
 
@@ -147,7 +170,6 @@ def step_memory(
     quantized = quantized or config.base_precision
     frozen = shape.linear * _QUANTIZED.get(quantized or "", size) + shape.others * size
     trained = shape.adapters if config.use_lora else shape.parameters
-    moments = 2 if config.optim == "adamw_8bit" else 8
     masters = 4 * trained
     # Autocast keeps a copy of each trained weight in the precision of computation until the forward pass ends.
     copies = size * trained if size < 4 else 0
@@ -164,7 +186,7 @@ def step_memory(
     return Memory(
         weights=frozen + masters if config.use_lora else masters,
         reference=(frozen if config.use_lora else 4 * shape.parameters) if second_model else 0.0,
-        optimizer=(4 + moments) * trained,
+        optimizer=4 * trained + shape.moments,
         activations=activations,
         head=max(head, layer),
     )
