@@ -281,8 +281,8 @@ def test_memory_is_used_and_not_exceeded(config, monkeypatch):
     engine.fits_budget = engine.fits_recompute = False
     engine.train()  # brings in kernels and their workspaces
     engine.fits_budget = engine.fits_recompute = True
-    groups = engine.train_groups
-    measure = fitting.CudaMeasure(engine.model, groups, 0)
+    groups = sorted(engine.train_groups, key=lambda group: -group.num_tokens)
+    measure = fitting.CudaMeasure(engine.model, groups, 4096, 0)
     random_state = torch.cuda.get_rng_state()
     needed = measure(2048, 1)
     assert torch.equal(torch.cuda.get_rng_state(), random_state)

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 
 from arabic_qwen.data.packing import Group, pack
 from arabic_qwen.data.stream import GroupStream
+from arabic_qwen.models.memory import moment_bytes
 from arabic_qwen.models.memory_limit import is_out_of_memory
 from arabic_qwen.models.recompute import decoder_layers, recompute_first
 
@@ -126,13 +127,15 @@ class CudaMeasure:
 
     Args:
         model: as prepared for training, but without DDP around it: processes may measure differently often.
-        groups: to take the longest of.
+        groups: to take the longest of, sorted by length, longest first.
+        largest_step: tokens; a micro-batch never has more, whatever the budget.
         optimizer_bytes: that will be added once the optimizer has made its first step.
     """
 
-    def __init__(self, model: Any, groups: Sequence[Group], optimizer_bytes: int):
+    def __init__(self, model: Any, groups: Sequence[Group], largest_step: int, optimizer_bytes: float):
         self.model = model
-        self.groups = sorted(groups, key=lambda group: -group.num_tokens)
+        self.groups = groups
+        self.largest_step = largest_step
         self.optimizer_bytes = optimizer_bytes
         self.device = next(model.parameters()).device
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -145,7 +148,7 @@ class CudaMeasure:
 
     def __call__(self, tokens: int, kept: int) -> float:
         recompute_first(self.model, len(decoder_layers(self.model)) - kept)
-        batch = pack(longest_groups(self.groups, tokens)).to(self.device)
+        batch = pack(longest_groups(self.groups, min(tokens, self.largest_step))).to(self.device)
         self.model.train()
         try:
             with torch.random.fork_rng([self.device]):
@@ -180,12 +183,14 @@ def fit(trainer: Any) -> None:
     if isinstance(groups, GroupStream):
         _, groups = next(groups.windows({}))
     layers = decoder_layers(trainer.model)
-    begun = bool(trainer.optimizer.state)
-    moments = 0 if begun else 2 if "8bit" in str(trainer.args.optim).lower() else 8
-    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    measure = CudaMeasure(trainer.model, groups, moments * trained)
+    groups = sorted(groups, key=lambda group: -group.num_tokens)
+    longest = groups[0].num_tokens
+    rows = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    capacity = trainer.sequence_capacity
+    step = rows * max(capacity, longest) if capacity else sum(group.num_tokens for group in groups[:rows])
+    moments = moment_bytes(trainer.model, "8bit" in str(trainer.args.optim).lower())
+    measure = CudaMeasure(trainer.model, groups, step, 0 if trainer.optimizer.state else moments)
     memory = measure.memory()
-    longest = max(group.num_tokens for group in groups)
     found = choose(
         measure,
         layers=len(layers),
