@@ -21,7 +21,7 @@ LAYERS = [
     {"config", "text", "losses", "terminal"},
     {"data", "models"},
     {"audit", "evaluation", "training"},
-    {"chat", "comparison", "doctor", "dry_run", "plan", "plan_data", "quickstart"},
+    {"chat", "comparison", "doctor", "dry_run", "plan", "plan_data", "plan_gpus", "quickstart"},
     {"plan_tables"},
     {"cli", "cli_data", "studio", "__main__"},
 ]

@@ -6,11 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from arabic_qwen import plan as planning
-from arabic_qwen import plan_tables
+from arabic_qwen import plan_gpus, plan_tables
 from arabic_qwen.config import METHOD_CONFIGS, DPOConfig, SFTConfig
 from arabic_qwen.errors import ConfigurationError, ModelLoadError
+from arabic_qwen.models.adapters import add_lora
+from arabic_qwen.plan_data import Mix
 from arabic_qwen.training.base_trainer import BaseTrainer
 from tests.test_cli import in_process
 from tests.test_dry_run import config_for
@@ -93,12 +96,163 @@ def test_speed_is_what_was_measured(seven):
     assert on(found)["H100 80GB"].tokens_per_s * useful == pytest.approx(15_696, rel=0.05)
 
 
+def _pass_of_reference(seven):
+    """Seconds of a forward pass over a million tokens of pairs on an H100."""
+    weights, head = 28 * (2 * 3584 * (3584 + 512) + 3 * 3584 * 18944), 152064 * 3584
+    tokens, targets, pairs = 250 + 2 * 305, 2 * 305, 250**2 / 2 + 2 * 305 * (250 + 305 / 2)
+    adapters = 40_370_176
+    operations = 2 * (weights + adapters) * tokens + 4 * 28 * 3584 * pairs + 2 * head * targets
+    gpu = planning.GPUS["H100 80GB"]
+    return 1e6 / tokens * operations / (gpu.peak * gpu.share)
+
+
 def test_recomputing_and_a_reference_take_time(seven):
     def seconds(config):
         return on(planning.plan(config, ["H100"]))["H100 80GB"].seconds
 
     assert seconds(pairs(seven)) < seconds(pairs(seven, gradient_checkpointing=True))
-    assert seconds(pairs(seven, precompute_reference=True)) < seconds(pairs(seven))
+    once, thrice = ({"num_train_epochs": epochs} for epochs in (1, 3))
+    assert seconds(pairs(seven, **once, precompute_reference=True)) == pytest.approx(seconds(pairs(seven, **once)))
+    saved = seconds(pairs(seven, **thrice)) - seconds(pairs(seven, **thrice, precompute_reference=True))
+    assert saved == pytest.approx(2 / 3 * _pass_of_reference(seven), rel=0.01)
+
+
+def test_a_reference_by_name(seven, tmp_path):
+    """It is loaded as frozen weights are, of its own size, and computes as much as that size does."""
+    small = tmp_path / "small"
+    small.mkdir()
+    sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}
+    (small / "config.json").write_text(json.dumps(SEVEN | sizes))
+
+    def estimate(**values):
+        return on(planning.plan(pairs(seven, **values), ["H200"]))["H200"]
+
+    whole = {"use_lora": False, "max_seq_length": 512, "optim": "adamw_8bit"}
+    assert estimate(**whole, ref_model_name=str(small)).parts.reference == pytest.approx(2 * 0.494e9, rel=0.01)
+    assert estimate(**whole).parts.reference == pytest.approx(4 * 7.616e9, rel=0.01)
+    assert estimate().parts.reference == 0
+    biases = estimate(lora_bias="all")
+    assert biases.parts.reference == pytest.approx(2 * 7.616e9, rel=0.01)
+    with_small = estimate(ref_model_name=str(small))
+    assert with_small.parts.reference == pytest.approx(2 * 0.494e9, rel=0.01)
+    assert with_small.seconds < 0.8 * estimate().seconds
+
+
+def test_a_run_that_goes_on_from_adapters(model_dir, tmp_path):
+    """Theirs are the rank and the layers, whatever the configuration says."""
+    config = config_for("sft", model_dir, lora_r=4, lora_target_modules="all-linear", lora_bias="all")
+    model = add_lora(AutoModelForCausalLM.from_pretrained(model_dir), config)
+    model.save_pretrained(tmp_path / "adapter")
+    trained = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    biases = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias"))
+    later = planning.plan(config_for("dpo", tmp_path / "adapter", lora_r=64, lora_dropout=0.5), ["H100"])
+    assert later.shape.adapters == trained + biases
+    assert later.devices[1].parts.reference > 0  # for their biases are trained
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match="safetensors is missing"):
+        planning.plan(config_for("dpo", tmp_path / "adapter"), ["H100"])
+
+
+def test_advice_does_not_change_adapters_that_are_there(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(planning.GPUS, "small", plan_gpus.Gpu(0.51e9, 1e14, 0.5, (9, 0)))
+    config = config_for("sft", model_dir, lora_r=32)
+    add_lora(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(tmp_path / "adapter")
+    here = planning.plan(config_for("sft", tmp_path / "adapter", token_budget=2000), ["small"])
+    settings = [change.setting for change in on(here)["small"].changes]
+    assert "token_budget=null" in settings and "lora_r=8" not in settings
+
+
+def test_what_is_not_compiled(seven):
+    """Float32 has no flash attention, which compiled layers need; nor has a GPU before Ampere."""
+    values = {"max_seq_length": 8192, "gradient_checkpointing": False, "token_budget": 8192}
+    eager = on(planning.plan(pairs(seven, torch_dtype="float32", **values), ["H200"]))["H200"]
+    also = on(planning.plan(pairs(seven, torch_dtype="float32", torch_compile=False, **values), ["H200"]))["H200"]
+    assert eager.parts == also.parts
+    sdpa = on(planning.plan(pairs(seven, use_flash_attention=False, **values), ["H200"]))["H200"]
+    flash = on(planning.plan(pairs(seven, **values), ["H200"]))["H200"]
+    assert flash.parts.activations < 0.8 * sdpa.parts.activations
+
+
+def test_this_gpu_is_what_it_is(seven, monkeypatch):
+    """A T4, which is not in the table."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *a: "Tesla T4")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda *a: (15.6e9, 15.8e9))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *a: (7, 5))
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: False)
+    here = planning.plan(pairs(seven, load_in_4bit=True, torch_dtype="auto"), ["H100"]).devices[0]
+    assert here.name == "this Tesla T4" and here.limit == pytest.approx(0.92 * 15.3e9)
+    assert here.fits and here.tokens_per_s is None
+    refused = planning.plan(pairs(seven, load_in_4bit=True, torch_dtype="auto", torch_compile=True), ["H100"])
+    assert refused.devices[0].refusal.startswith("torch_compile: needs a GPU with flash attention")
+    assert not refused.devices[1].refusal
+
+
+@pytest.mark.parametrize(
+    "values, reason",
+    [
+        ({"torch_compile": True, "torch_dtype": "float32"}, "torch_compile: needs a GPU with flash attention"),
+        ({"torch_compile": True, "use_flash_attention": False}, "torch_compile: needs a GPU with flash attention"),
+        ({"bf16": True, "fp16": True}, "bf16 and fp16 are both true; set one of them to false"),
+    ],
+)
+def test_named_gpus_refuse_as_training_does(model_dir, values, reason):
+    config = config_for("sft", model_dir, **values)
+    for device in planning.plan(config, ["H100", "3060"]).devices:
+        assert device.refusal.startswith(reason) and not device.fits
+
+
+def test_sliding_windows_are_refused(seven):
+    sliding = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 2}
+    (seven / "config.json").write_text(json.dumps(SEVEN | sliding))
+    with pytest.raises(ModelLoadError, match="seven: has attention layers other than full attention"):
+        planning.plan(pairs(seven))
+
+
+def test_lengths_that_are_advised_cut_something(seven, monkeypatch):
+    """Examples of up to 5,421 tokens: a limit of 8,192 would change nothing."""
+    mix = Mix(900, 600, 1e6, gathered=0, longest=5421, completions=1, epochs=3)
+    monkeypatch.setattr(planning, "mix_of", lambda config: mix)
+    config = SFTConfig(model_name=str(seven), max_seq_length=16384, load_in_4bit=True, lora_r=8)
+    for memory, advised in ((8.6e9, "max_seq_length=4096"), (8.0e9, "max_seq_length=2048")):
+        monkeypatch.setitem(planning.GPUS, "small", plan_gpus.Gpu(memory, 1e14, 0.5, (9, 0)))
+        small = on(planning.plan(config, ["small"]))["small"]
+        assert [(change.setting, change.fits) for change in small.changes] == [(advised, True)]
+
+
+def test_assumed_lengths(model_dir):
+    """Each completion of a shared prompt sees the prompt's keys again; a mix that is assumed says how many there are."""
+    mix = planning.plan(config_for("cpo", model_dir, dataset_path="none.jsonl")).mix
+    assert mix.completions == 2 and mix.gathered == 2 * 250
+    assert "prompts of 250 tokens, two answers (a chosen and one rejected) of 256" in mix.note
+    assert planning.plan(config_for("sft", model_dir, dataset_path="none.jsonl")).mix.gathered == 0
+    measured = planning.plan(config_for("dpo", model_dir)).mix
+    assert measured.completions == 2 and 0 < measured.gathered < 2 * measured.tokens
+
+
+@pytest.mark.parametrize(
+    "name, known",
+    [
+        ("NVIDIA H100 80GB HBM3", "H100 80GB"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L40", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA A100-PCIE-40GB", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3060 Ti", None),
+        ("NVIDIA GH200 480GB", None),
+    ],
+)
+def test_gpus_by_the_name_that_drivers_give(name, known):
+    found = plan_gpus.gpu_named(name)
+    assert found and found.peak == planning.GPUS[known].peak if known else found is None
 
 
 def test_as_a_verb(seven, tmp_path, monkeypatch, capsys):
@@ -108,7 +262,14 @@ def test_as_a_verb(seven, tmp_path, monkeypatch, capsys):
     assert code == 0
     assert "7,615,616,512 parameters in 28 layers, 40,370,176 more in adapters; its weights are not on" in text
     assert "not read (data/training.jsonl: cannot be read" in text
-    for part in ("RTX 3060", "weights", "█", "load_in_4bit=true", "fits"):
+    for part in (
+        "time: training steps and a precomputed reference only",
+        "RTX 3060",
+        "weights",
+        "█",
+        "load_in_4bit=true",
+        "fits",
+    ):
         assert part in text
     code, text, _ = in_process(monkeypatch, capsys, "plan", "dpo.yaml", "--gpu", "a100 80gb", "--gpu", "h200", "--json")
     found = json.loads(text)
@@ -178,7 +339,7 @@ def test_this_processor_refuses_as_training_does(model_dir, monkeypatch, capsys,
     ],
 )
 def test_what_is_advised_is_a_configuration(seven, monkeypatch, values, advised):
-    monkeypatch.setitem(planning.GPUS, "small", planning.Gpu(16e9, 1e14, 0.5, (9, 0)))
+    monkeypatch.setitem(planning.GPUS, "small", plan_gpus.Gpu(16e9, 1e14, 0.5, (9, 0)))
     config = pairs(seven, **values)
     found = on(planning.plan(config, ["small"]))["small"]
     assert [change.setting for change in found.changes][: len(advised)] == advised
@@ -190,7 +351,7 @@ def test_what_is_advised_is_a_configuration(seven, monkeypatch, values, advised)
 
 def test_advice_for_this_processor(seven, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: SimpleNamespace(total=25.3e9))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=25.3e9))
     here = planning.plan(pairs(seven, torch_dtype="bfloat16"), ["H100"]).devices[0]
     assert not here.fits
     assert here.changes[0].setting == "gradient_checkpointing=true"

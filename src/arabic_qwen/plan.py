@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 import math
@@ -11,50 +10,37 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from huggingface_hub import try_to_load_from_cache
+from peft import LoraConfig
 from transformers import AutoConfig
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.models.attention import flash_runs_on
 from arabic_qwen.models.compilation import compilable, pays
-from arabic_qwen.models.memory import Memory, ModelShape, model_shape, step_memory
-from arabic_qwen.models.precision import check_fp8, check_fp8_on, compute_dtype, device, quantization
-from arabic_qwen.models.sources import locate_configuration
+from arabic_qwen.models.memory import Memory, ModelShape, frozen_bytes, model_shape, step_memory
+from arabic_qwen.models.precision import (
+    check_fp8,
+    check_fp8_on,
+    compute_dtype,
+    device,
+    device_has_bf16,
+    dtype_on,
+    quantization,
+)
+from arabic_qwen.models.scoring import check_attention
+from arabic_qwen.models.sources import is_adapter, locate_configuration, locate_model
 from arabic_qwen.plan_data import Mix, mix_of
+from arabic_qwen.plan_gpus import GPUS, SHOWN, Gpu, known, this_device
 from arabic_qwen.training.arguments import check_packages
-from arabic_qwen.training.fitting import PROCESSOR_BUDGET, USABLE, Fit, choose
+from arabic_qwen.training.fitting import PROCESSOR_BUDGET, Fit, choose
 from arabic_qwen.training.objectives import METHODS
 
-_CONTEXT = 0.5e9  # bytes that CUDA takes for itself
+_SHORTEST = 256  # tokens that are advised as the longest
 _LENGTHS = ("max_length", "max_seq_length")  # the first that is set limits an example
 
 
-class Gpu(NamedTuple):
-    """What a GPU has, by its data sheet; `share`: of its products' peak that training reaches."""
-
-    memory: float  # bytes
-    peak: float  # dense bfloat16 operations a second, summed in float32
-    share: float
-    capability: tuple[int, int]  # CUDA's compute capability
-
-
-# Measured: the H100, compiled, DPO at 15,696 useful tokens/s on the 7B shape (510e12 operations a second by `_operations`).
-# The others are assumed: the fewer operations a byte of bandwidth, the larger the share.
-GPUS = {
-    "RTX 3060": Gpu(12.6e9, 25e12, 0.6, (8, 6)),
-    "RTX 3090": Gpu(25.3e9, 71e12, 0.6, (8, 6)),
-    "RTX 4090": Gpu(25.3e9, 165e12, 0.55, (8, 9)),
-    "L4": Gpu(23.7e9, 60e12, 0.5, (8, 9)),
-    "A10": Gpu(23.7e9, 62e12, 0.55, (8, 6)),
-    "L40S": Gpu(47.7e9, 181e12, 0.55, (8, 9)),
-    "A100 40GB": Gpu(42.3e9, 312e12, 0.55, (8, 0)),
-    "A100 80GB": Gpu(85.1e9, 312e12, 0.55, (8, 0)),
-    "H100 80GB": Gpu(85.0e9, 989e12, 0.51, (9, 0)),
-    "H200": Gpu(150.1e9, 989e12, 0.51, (9, 0)),
-}
-SHOWN = ("RTX 3060", "RTX 4090", "A100 80GB", "H100 80GB")
 _FP8 = 1.26  # times as fast; measured on an H100, DPO and SFT
 _SMALLEST = 1e8  # parameters: the time of smaller models is not that of their products
 _NF4 = 0.8  # assumed: weights are expanded in each product
@@ -76,16 +62,17 @@ class Estimate:
 
     name: str
     memory: float  # bytes that it has
+    limit: float  # bytes of these that a run may take
     fit: Fit
     parts: Memory
     refusal: str  # why `train` would not start there, whatever the memory; or ""
     tokens_per_s: float | None = None
-    seconds: float | None = None  # of the run, or of a million tokens
+    seconds: float | None = None  # of the run's steps, or of a million tokens
     changes: list[Change] = dataclasses.field(default_factory=list)  # that make it fit
 
     @property
     def fits(self) -> bool:
-        return not self.refusal and self.parts.total <= _limit(self.memory)
+        return not self.refusal and self.parts.total <= self.limit
 
 
 @dataclasses.dataclass
@@ -104,21 +91,44 @@ def plan(config: BaseConfig, gpus: Sequence[str] = ()) -> Plan:
 
     Raises:
         ConfigurationError: a GPU is unknown, or `lora_target_modules` names layers that the model lacks.
-        ModelLoadError: the model's config.json cannot be found, or it cannot be trained.
+        ModelLoadError: the config.json of the model or of its reference cannot be found, or it cannot be trained.
     """
-    names = [_known(name) for name in gpus] or list(SHOWN)
-    path = locate_configuration(config.model_name)
-    model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    names = [known(name) for name in gpus] or list(SHOWN)
+    path, model_config = _configuration_of(config.model_name)
     mix = mix_of(config)
+    config = _with_own_adapter(config)
+    other = getattr(config, "ref_model_name", None)
+    frozen = config.model_copy(update={"use_lora": False})
+    reference = model_shape(_configuration_of(other)[1], frozen, torch.float32) if other else None
     shapes = functools.cache(
         lambda r, use_lora, optim, dtype: model_shape(
             model_config, config.model_copy(update={"lora_r": r, "use_lora": use_lora, "optim": optim}), dtype
         )
     )
-    run = _Run(config, mix, shapes)
-    devices = [run.estimate(*_here(), _message(_check_here, config))]
+    run = _Run(config, mix, shapes, reference)
+    name, here = this_device()
+    devices = [run.estimate(name, here, _message(_check_here, config))]
     devices += [run.estimate(name, GPUS[name], _message(_check_on, config, GPUS[name])) for name in names]
-    return Plan(config.model_name, _has_weights(path), run.shape, mix, devices)
+    return Plan(config.model_name, _has_weights(path), run.shape_on(GPUS[names[0]]), mix, devices)
+
+
+def _configuration_of(name: str) -> tuple[str, Any]:
+    """Where a model's config.json is, and what it holds."""
+    path = locate_configuration(name)
+    model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    check_attention(name, model_config)
+    return path, model_config
+
+
+def _with_own_adapter(config: BaseConfig) -> BaseConfig:
+    """With the adapter's settings where `model_name` has one, which training goes on with."""
+    if not is_adapter(config.model_name):
+        return config
+    own = LoraConfig.from_pretrained(locate_model(config.model_name))
+    targets = own.target_modules  # a pattern, or names, which may be whole paths
+    targets = targets if isinstance(targets, str) else sorted({name.rpartition(".")[2] for name in targets})
+    update = {"lora_r": own.r, "lora_target_modules": targets, "lora_dropout": own.lora_dropout}
+    return config.model_copy(update=update | {"use_dora": own.use_dora, "lora_bias": own.bias})
 
 
 def _has_weights(path: str) -> bool:
@@ -126,31 +136,6 @@ def _has_weights(path: str) -> bool:
         return any(Path(path).glob("*.safetensors"))
     names = ("model.safetensors", "model.safetensors.index.json")
     return any(isinstance(try_to_load_from_cache(path, name), str) for name in names)
-
-
-def _known(name: str) -> str:
-    wanted = name.lower().replace(" ", "")
-    found = [known for known in GPUS if wanted and wanted in known.lower().replace(" ", "")]
-    if not found:
-        close = difflib.get_close_matches(name, GPUS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(GPUS)}"
-        raise ConfigurationError(f"--gpu: {name!r} is unknown; {hint}")
-    return found[-1]
-
-
-def _here() -> tuple[str, Gpu]:
-    """This machine; a GPU that is not in the table has no known speed."""
-    if not torch.cuda.is_available():
-        return "this processor", Gpu(psutil.virtual_memory().total, 0.0, 0.0, (0, 0))
-    name, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
-    known = gpu_named(name) or Gpu(0.0, 0.0, 0.0, (0, 0))
-    return f"this {name.removeprefix('NVIDIA ')}", known._replace(memory=memory)
-
-
-def gpu_named(name: str) -> Gpu | None:
-    """The GPU that a driver calls so, as "NVIDIA H100 80GB HBM3"."""
-    found = [gpu for known, gpu in GPUS.items() if known.split(" ")[-2 if "GB" in known else -1] in name]
-    return found[-1] if found else None
 
 
 def _message(check: Callable[..., object], *args: Any) -> str:
@@ -172,129 +157,137 @@ def _check_here(config: BaseConfig) -> None:
 
 
 def _check_on(config: BaseConfig, gpu: Gpu) -> None:
+    """The same of a GPU that is not here."""
+    dtype, _ = dtype_on(config, True, _has_bf16(gpu))
     if config.base_precision == "fp8":
-        check_fp8_on(gpu.capability, _dtype(config))
+        check_fp8_on(gpu.capability, dtype)
+    if not _flash_runs(config, gpu):
+        compilable(config.model_copy(update={"use_flash_attention": False}), torch.device("cpu"))
 
 
-def _limit(memory: float) -> float:
-    return USABLE * (memory - _CONTEXT)
+def _has_bf16(gpu: Gpu) -> bool:
+    return gpu.capability >= (8, 0) if gpu.is_gpu else device_has_bf16()
 
 
-def _dtype(config: BaseConfig) -> torch.dtype:
-    """Of computation on a GPU that has bfloat16."""
-    if config.fp16:
-        return torch.float16
-    return torch.bfloat16 if config.bf16 or config.torch_dtype == "auto" else getattr(torch, config.torch_dtype)
+def _dtype(config: BaseConfig, gpu: Gpu) -> torch.dtype:
+    """Of computation there; where training would refuse, what is likely meant."""
+    try:
+        return dtype_on(config, gpu.is_gpu, _has_bf16(gpu))[0]
+    except ConfigurationError:
+        return torch.bfloat16 if gpu.is_gpu else torch.float32
+
+
+def _flash_runs(config: BaseConfig, gpu: Gpu) -> bool:
+    return config.use_flash_attention and flash_runs_on(gpu.capability, _dtype(config, gpu))
 
 
 class _Run:
     """One configuration on several devices."""
 
-    def __init__(self, config: BaseConfig, mix: Mix, shapes: Any):
+    def __init__(self, config: BaseConfig, mix: Mix, shapes: Any, reference: ModelShape | None):
         self.config = config
         self.mix = mix
         self.shapes = shapes
+        self.reference = reference  # another model, by `ref_model_name`
 
-    def shape_in(self, dtype: torch.dtype) -> ModelShape:
-        return self.shapes(self.config.lora_r, self.config.use_lora, self.config.optim, dtype)
-
-    @property
-    def shape(self) -> ModelShape:
-        return self.shape_in(_dtype(self.config))
+    def shape_on(self, gpu: Gpu) -> ModelShape:
+        config = self.config
+        return self.shapes(config.lora_r, config.use_lora, config.optim, _dtype(config, gpu))
 
     @property
     def objective(self) -> Any:
         return METHODS[self.config.method].objective(self.config)
 
-    @property
-    def has_second_model(self) -> bool:
+    def reference_bytes(self, gpu: Gpu) -> float:
+        """Of a reference that is in memory beside the policy; 0 where the policy without its adapters is the reference."""
         config: Any = self.config
         if not self.objective.needs_reference or config.precompute_reference:
-            return False
-        return not config.use_lora or bool(config.ref_model_name) or config.lora_bias != "none"
+            return 0.0
+        shape = self.reference or self.shape_on(gpu)
+        if not self.reference and not config.use_lora:
+            return 4.0 * shape.parameters  # loaded as the policy is
+        second = self.reference or config.lora_bias != "none"
+        return frozen_bytes(shape, config, _dtype(config, gpu)) if second else 0.0
 
     @property
     def tokens(self) -> float | None:
         """Of the whole run, in the stream; None where the data was not read."""
         return self.mix.steps and self.mix.steps * self.mix.examples_a_step * self.mix.tokens
 
-    @property
-    def compiled(self) -> bool:
-        return pays(self.config, self.shape.parameters, self.tokens or math.inf)
+    def compiled(self, gpu: Gpu) -> bool:
+        parameters = self.shape_on(gpu).parameters
+        return _flash_runs(self.config, gpu) and pays(self.config, parameters, self.tokens or math.inf)
 
-    def memory(self, tokens: int, recomputed: int, on_gpu: bool = True) -> Memory:
-        dtype = _dtype(self.config)
-        if not on_gpu:
-            try:
-                dtype = compute_dtype(self.config)
-            except ConfigurationError:  # it is meant for a GPU
-                dtype = torch.float32
+    def memory(self, gpu: Gpu, tokens: int, recomputed: int) -> Memory:
         return step_memory(
-            self.shape_in(dtype),
+            self.shape_on(gpu),
             self.config,
-            dtype,
+            _dtype(self.config, gpu),
             tokens=tokens,
             targets=math.ceil(tokens * self.mix.targets / self.mix.tokens),
+            gathered=math.ceil(tokens * self.mix.gathered / self.mix.tokens),
             recomputed=recomputed,
-            second_model=self.has_second_model,
-            compiled=self.compiled and on_gpu,
+            reference=self.reference_bytes(gpu),
+            compiled=self.compiled(gpu),
+            on_gpu=gpu.is_gpu,
         )
 
     def fit(self, gpu: Gpu) -> tuple[Fit, Memory]:
         """What would be chosen there, and the memory that it takes."""
-        layers, on_gpu = self.shape.layers, _is_gpu(gpu)
-        wanted = self.config.gradient_checkpointing
-        if not on_gpu:
-            budget, recomputed = self.config.token_budget or PROCESSOR_BUDGET, layers if wanted is True else 0
-            parts = self.memory(max(budget, self.mix.longest), recomputed, on_gpu)
-            return Fit(budget, recomputed, parts.total), parts
-        fit = choose(
-            lambda tokens, kept: self.memory(tokens, layers - kept).total,
-            layers=layers,
-            limit=_limit(gpu.memory),
-            longest=self.mix.longest,
-            token_budget=self.config.token_budget,
-            recomputed=None if wanted == "auto" else layers if wanted else 0,
-        )
-        return fit, self.memory(max(fit.token_budget, self.mix.longest), fit.recomputed)
+        layers, wanted = self.shape_on(gpu).layers, self.config.gradient_checkpointing
+        if gpu.is_gpu:
+            fit = choose(
+                lambda tokens, kept: self.memory(gpu, tokens, layers - kept).total,
+                layers=layers,
+                limit=gpu.limit,
+                longest=self.mix.longest,
+                token_budget=self.config.token_budget,
+                recomputed=None if wanted == "auto" else layers if wanted else 0,
+            )
+        else:
+            fit = Fit(self.config.token_budget or PROCESSOR_BUDGET, layers if wanted is True else 0, 0.0)
+        parts = self.memory(gpu, max(fit.token_budget, self.mix.longest), fit.recomputed)
+        return fit._replace(peak=parts.total), parts
 
     def estimate(self, name: str, gpu: Gpu, refusal: str) -> Estimate:
-        found = Estimate(name, gpu.memory, *self.fit(gpu), refusal)
-        if found.fits:
-            found.tokens_per_s = speed = self._tokens_per_s(gpu, found.fit.recomputed)
-            found.seconds = (self.tokens or 1e6) / speed if speed else None
-        elif not refusal:
+        found = Estimate(name, gpu.memory, gpu.limit, *self.fit(gpu), refusal)
+        rate = self._rate(gpu)
+        if found.fits and rate:
+            step, before = self._operations(self.shape_on(gpu), found.fit.recomputed)
+            found.tokens_per_s = rate * self.mix.tokens / step
+            found.seconds = (self.tokens or 1e6) / self.mix.tokens * (step + before) / rate
+        elif not found.fits and not refusal:
             found.changes = self._changes(gpu)
         return found
 
-    def _tokens_per_s(self, gpu: Gpu, recomputed: int) -> float | None:
-        """Tokens of the stream a second, as the log counts them."""
-        if not gpu.peak or _dtype(self.config).itemsize != 2 or self.shape.parameters < _SMALLEST:
-            return None
+    def _rate(self, gpu: Gpu) -> float:
+        """Operations a second; 0: not known."""
+        if _dtype(self.config, gpu).itemsize != 2 or self.shape_on(gpu).parameters < _SMALLEST:
+            return 0.0
         rate = gpu.peak * gpu.share
         rate *= _FP8 if self.config.base_precision == "fp8" else 1.0
-        rate *= 1.0 if self.compiled else _NOT_COMPILED
-        rate *= _NF4 if self.config.load_in_4bit or self.config.load_in_8bit else 1.0
-        return rate * self.mix.tokens / self._operations(recomputed)
+        rate *= 1.0 if self.compiled(gpu) else _NOT_COMPILED
+        return rate * (_NF4 if self.config.load_in_4bit or self.config.load_in_8bit else 1.0)
 
-    def _operations(self, recomputed: int) -> float:
-        """Multiplications and additions that an example takes, 2 for each weight that a token meets."""
-        shape, mix, config, objective = self.shape, self.mix, self.config, self.objective
-        layers = 2 * (shape.linear + shape.adapters) * mix.tokens
-        attention = 4 * shape.attention * mix.pairs * shape.layers
+    def _operations(self, shape: ModelShape, recomputed: int) -> tuple[float, float]:
+        """Multiplications and additions that an example takes in a step, and its share of a pass before training."""
+        mix, objective, use_lora = self.mix, self.objective, self.config.use_lora
+        layers, attention, head = _forward(shape, mix)
         forward = layers + attention
-        backward = layers * (1 if config.use_lora else 2) + 2.5 * attention
-        reference = objective.needs_reference and not getattr(config, "precompute_reference", False)
         # KTO scores a completion of another prompt as well, by both models.
-        more = reference * (1 + objective.needs_kl) + objective.needs_kl + objective.whole_step
-        heads = 2 + more + (0 if config.use_lora else 2)  # logits, and their gradients
-        head = 2 * shape.vocabulary * shape.hidden * mix.targets * heads
-        return forward * (1 + more + recomputed / shape.layers) + backward + head
+        more = objective.needs_kl + objective.whole_step
+        backward = layers * (1 if use_lora else 2) + 2.5 * attention + head * (1 if use_lora else 3)
+        step = (forward + head) * (1 + more) + forward * recomputed / shape.layers + backward
+        if not objective.needs_reference:
+            return step, 0.0
+        reference = sum(_forward(self.reference or shape, mix)) * (1 + objective.needs_kl)
+        precomputed = getattr(self.config, "precompute_reference", False)
+        return (step, reference / mix.epochs) if precomputed else (step + reference, 0.0)
 
     def _changes(self, gpu: Gpu) -> list[Change]:
         """What to change until it fits, the cheapest first, each on top of those before."""
         chosen: list[dict[str, Any]] = []
-        for remedy in _remedies(self.config, _is_gpu(gpu)):
+        for remedy in _remedies(self.config, self.mix, gpu.is_gpu):
             run, changed = self._with(chosen), self._with([*chosen, remedy])
             if not changed.is_valid or changed.least(gpu) > 0.95 * run.least(gpu):
                 continue
@@ -320,27 +313,31 @@ class _Run:
         config, mix = self.config, self.mix
         for update in remedies:
             config = config.model_copy(update=update)
-            if not update.keys().isdisjoint(_LENGTHS):
-                mix = mix._replace(longest=max(mix.longest // 2, 1))
-        return _Run(config, mix, self.shapes)
+            for key in update.keys() & set(_LENGTHS):
+                mix = mix._replace(longest=min(mix.longest, mix.completions * update[key]))
+        return _Run(config, mix, self.shapes, self.reference)
 
     @property
     def is_valid(self) -> bool:
-        return not _message(lambda: type(self.config)(**self.config.model_dump()))
+        values = self.config.model_dump(exclude={"lora_target_modules"})  # an adapter's own may be a pattern
+        return not _message(lambda: type(self.config)(**values))
 
     def fits(self, gpu: Gpu) -> bool:
-        return self.fit(gpu)[1].total <= _limit(gpu.memory)
+        return self.fit(gpu)[1].total <= gpu.limit
 
     def least(self, gpu: Gpu) -> float:
         """Bytes with the smallest micro-batch that the settings allow, and as much recomputed."""
-        if not _is_gpu(gpu):
+        if not gpu.is_gpu:
             return self.fit(gpu)[1].total
-        recomputed = self.shape.layers if self.config.gradient_checkpointing else 0
-        return self.memory(max(self.config.token_budget or 0, self.mix.longest), recomputed).total
+        recomputed = self.shape_on(gpu).layers if self.config.gradient_checkpointing else 0
+        return self.memory(gpu, max(self.config.token_budget or 0, self.mix.longest), recomputed).total
 
 
-def _is_gpu(gpu: Gpu) -> bool:
-    return gpu.peak > 0 or torch.cuda.is_available()  # one that is not in the table has no known speed
+def _forward(shape: ModelShape, mix: Mix) -> tuple[float, float, float]:
+    """Operations of a forward pass over an example, 2 for each weight that a token meets: layers, attention, logits."""
+    layers = 2 * (shape.linear + shape.adapters) * mix.tokens
+    attention = 4 * shape.attention * mix.pairs * shape.layers
+    return layers, attention, 2 * shape.vocabulary * shape.hidden * mix.targets
 
 
 def _setting(update: dict[str, Any]) -> str:
@@ -348,7 +345,7 @@ def _setting(update: dict[str, Any]) -> str:
     return " ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in update.items())
 
 
-def _remedies(config: BaseConfig, on_gpu: bool) -> list[dict[str, Any]]:
+def _remedies(config: BaseConfig, mix: Mix, on_gpu: bool) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     if not on_gpu and config.gradient_checkpointing is not True:
         found.append({"gradient_checkpointing": True})  # auto recomputes nothing there
@@ -362,10 +359,11 @@ def _remedies(config: BaseConfig, on_gpu: bool) -> list[dict[str, Any]]:
         found.append({"precompute_reference": True})
     if not config.use_lora:
         found.append({"use_lora": True})
-    if config.lora_r > 8:
+    if config.lora_r > 8 and not is_adapter(config.model_name):
         found.append({"lora_r": 8})
     if not config.load_in_8bit:
         found.append({"load_in_4bit": True} | ({"base_precision": None} if config.base_precision else {}))
     length = next(key for key in _LENGTHS if getattr(config, key, None))
-    found.append({length: getattr(config, length) // 2})
-    return found
+    limit = min(getattr(config, length), math.ceil(mix.longest / mix.completions))
+    exponents = range((limit - 1).bit_length() - 1, _SHORTEST.bit_length() - 2, -1)
+    return [*found, *({length: 2**exponent} for exponent in exponents)]

@@ -20,6 +20,7 @@ from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.sampler import Sequences
 
 _SAMPLE = 1000  # rows whose lengths are measured
+_COMPLETIONS = {1: "one answer", 2: "two answers (a chosen and one rejected)"}
 _READ_AT_ONCE = 20e6  # bytes of data files that take no noticeable time
 
 
@@ -29,7 +30,10 @@ class Mix(NamedTuple):
     tokens: float  # of an example in the stream, where its prompt counts once
     targets: float
     pairs: float  # of a query and a key that it sees
+    gathered: float  # keys that are its prompt's, again for each completion that shares it
     longest: int  # tokens of the longest example
+    completions: int  # of an example, at most
+    epochs: float  # of the run
     steps: int | None = None  # of the run; None: the data was not read
     examples_a_step: float = 1.0
     note: str = ""
@@ -50,9 +54,12 @@ def mix_of(config: BaseConfig) -> Mix:
         tokens=prompt + completions * answer,
         targets=completions * answer,
         pairs=prompt**2 / 2 + completions * answer * (prompt + answer / 2),
+        gathered=completions * prompt if completions > 1 else 0,
         longest=completions * limit,
-        note=f"not read ({reason}): assuming prompts of {prompt} tokens, answers of {answer}, examples of up to "
-        f"{completions * limit:,}",
+        completions=completions,
+        epochs=config.num_train_epochs,
+        note=f"not read ({reason}): assuming prompts of {prompt} tokens, {_COMPLETIONS[completions]} of {answer}, examples "
+        f"of up to {completions * limit:,}",
     )
 
 
@@ -94,12 +101,16 @@ def _sampled_mix(config: BaseConfig) -> Mix:
         for g in groups
     ]
     tokens = float(np.mean([group.num_tokens for group in groups]))
+    steps = config.max_steps or math.ceil(config.num_train_epochs * an_epoch)
     return Mix(
         tokens=tokens,
         targets=float(np.mean([sum(int(c.targets.sum()) for c in group.completions) for group in groups])),
         pairs=float(np.mean(pairs)),
+        gathered=float(np.mean([len(g.prompt) * len(g.completions) * (len(g.completions) > 1) for g in groups])),
         longest=max(group.num_tokens for group in groups),
-        steps=config.max_steps or math.ceil(config.num_train_epochs * an_epoch),
+        completions=max(len(group.completions) for group in groups),
+        epochs=steps / an_epoch,
+        steps=steps,
         examples_a_step=len(groups) * more / an_epoch,
         note=f"{round(len(groups) * more):,} examples to train on, of {tokens:,.0f} tokens on average"
         + (f" (measured on {_SAMPLE:,} rows)" if more > 1 else ""),

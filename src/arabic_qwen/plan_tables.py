@@ -34,6 +34,8 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
     yield f"data   {escape(plan.mix.note)}{steps}"
     yield ""
     yield _devices(plan)
+    if any(device.seconds for device in plan.devices):
+        yield "time: training steps and a precomputed reference only; evaluations, samples and compiling come on top"
     for device in plan.devices:
         if device.refusal:
             yield f"no on {escape(device.name)}: {escape(device.refusal)}"
@@ -109,7 +111,7 @@ def _duration(seconds: float) -> str:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The same as JSON; bytes and seconds. Times are of a million tokens where `steps` is null."""
+    """The same as JSON; bytes and seconds. Times are of training steps, of a million tokens where `steps` is null."""
     return {
         "model": plan.model,
         "has_weights": plan.has_weights,

@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import Qwen2Config
 
-from arabic_qwen.config import DPOConfig, SFTConfig
+from arabic_qwen.config import SFTConfig
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.adapters import add_lora
 from arabic_qwen.models.memory import model_shape, moment_bytes, step_memory
@@ -83,7 +83,10 @@ def test_each_saving_saves():
     assert peak(lora(), tokens=4096).activations < 0.6 * frozen.activations
     whole = peak(SFTConfig(use_lora=False), recomputed=28)
     assert whole.weights + whole.optimizer == pytest.approx(16 * 7.616e9, rel=0.01)
-    assert peak(DPOConfig(use_lora=False), second_model=True).reference == pytest.approx(4 * 7.616e9, rel=0.01)
+    gathered = peak(lora(), gathered=8192).activations - frozen.activations
+    assert gathered == 28 * 8192 * 2 * 512 * 2  # layers × keys × (key and value) × 4 heads of 128 × bytes
+    few = {"tokens": 512, "targets": 512}
+    assert peak(lora(), on_gpu=False, **few).head < peak(lora(), **few).head
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -45,9 +45,12 @@ def packed_attention_forward(
 
 
 def flash_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and flash_runs_on(torch.cuda.get_device_capability(device), dtype)
+
+
+def flash_runs_on(capability: tuple[int, int], dtype: torch.dtype) -> bool:
     """Flash attention needs half precision and an Ampere or newer GPU."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return dtype in (torch.bfloat16, torch.float16) and capability >= (8, 0)
 
 
 def _varlen(query, key, value, packed: PackedBatch, scaling: float | None) -> Any:

@@ -20,7 +20,7 @@ _QUANTIZED = {"load_in_4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "load_in_8bit": 1.0
 #: Of what a layer keeps when each operation runs by itself, what it keeps when compiled: by this, 8,192 tokens of the 7B
 #: shape peak at the 56 GB that were measured on an H100.
 COMPILED_SHARE = 0.77
-_HEAD_CHUNK = 2**29  # bytes (models/logps.py)
+_HEAD_CHUNK, _HEAD_CHUNK_PROCESSOR = 2**29, 2**27  # bytes (models/logps.py)
 _HEAD_BYTES = 8  # a logit, where one chunk holds all
 
 
@@ -51,6 +51,7 @@ class ModelShape(NamedTuple):
     intermediate: int
     vocabulary: int
     attention: int  # query heads × their size
+    keys: int  # key heads × their size
     linear: int  # parameters of the layers' linear weights
     others: int  # all other parameters; a head that is tied to the embedding counts once
     adapters: int  # parameters; 0 without LoRA
@@ -110,6 +111,7 @@ def model_shape(model_config: PreTrainedConfig, config: BaseConfig, dtype: torch
         intermediate=model_config.intermediate_size,
         vocabulary=model_config.vocab_size,
         attention=heads * size,
+        keys=model_config.num_key_value_heads * size,
         linear=layers * linear,
         others=layers * (a_layer - linear) + outside,
         adapters=layers * adapters,
@@ -147,6 +149,13 @@ def _kept(model: Any, model_config: Any, dtype: torch.dtype, head_size: int, tok
     return kept
 
 
+def frozen_bytes(shape: ModelShape, config: BaseConfig, dtype: torch.dtype) -> float:
+    """Bytes of weights that are not trained, as `config` has them loaded for computation in `dtype`."""
+    quantized = next((key for key in ("load_in_4bit", "load_in_8bit") if getattr(config, key)), None)
+    quantized = quantized or config.base_precision
+    return shape.linear * _QUANTIZED.get(quantized or "", dtype.itemsize) + shape.others * dtype.itemsize
+
+
 def step_memory(
     shape: ModelShape,
     config: BaseConfig,
@@ -155,37 +164,38 @@ def step_memory(
     tokens: int,
     targets: int,
     recomputed: int,
-    second_model: bool = False,
+    gathered: int = 0,
+    reference: float = 0.0,
     compiled: bool = False,
+    on_gpu: bool = True,
 ) -> Memory:
     """The peak of a step whose largest micro-batch has `tokens` tokens, `targets` of them targets.
 
     Args:
         recomputed: decoder layers that recompute their activations.
-        second_model: whether a reference model is in memory beside the policy.
+        gathered: keys that attention sees beyond those of the tokens: a shared prompt's, for each of its completions.
+        reference: bytes of a second model, which is in memory beside the policy.
         compiled: whether the layers are compiled.
     """
     size = dtype.itemsize
-    quantized = next((key for key in ("load_in_4bit", "load_in_8bit") if getattr(config, key)), None)
-    quantized = quantized or config.base_precision
-    frozen = shape.linear * _QUANTIZED.get(quantized or "", size) + shape.others * size
     trained = shape.adapters if config.use_lora else shape.parameters
     masters = 4 * trained
     # Autocast keeps a copy of each trained weight in the precision of computation until the forward pass ends.
     copies = size * trained if size < 4 else 0
     hidden = tokens * shape.hidden * size
-    a_layer = shape.kept * tokens * (COMPILED_SHARE if compiled else 1)
+    a_layer = shape.kept * tokens * (COMPILED_SHARE if compiled else 1) + 2 * gathered * shape.keys * size
     kept = shape.layers - recomputed
     # Hidden states at each recomputed layer's input, and after the last layer: normed, in float32, and its gradient.
     activations = copies + recomputed * hidden + kept * a_layer + 2 * hidden + 4 * tokens * shape.hidden
-    head = min(_HEAD_CHUNK, _HEAD_BYTES * targets * shape.vocabulary) + 2 * targets * shape.hidden * size
+    chunk = _HEAD_CHUNK if on_gpu else _HEAD_CHUNK_PROCESSOR
+    head = min(chunk, _HEAD_BYTES * targets * shape.vocabulary) + 2 * targets * shape.hidden * size
     if not config.use_lora:
         head += 4 * shape.vocabulary * shape.hidden  # its weight's gradient
     # Gradients in the widest part of a layer, or all that the layer keeps where it is computed again.
     layer = max((3 * shape.intermediate + 2 * shape.hidden) * tokens * size, 0 if kept else a_layer)
     return Memory(
-        weights=frozen + masters if config.use_lora else masters,
-        reference=(frozen if config.use_lora else 4 * shape.parameters) if second_model else 0.0,
+        weights=masters + (frozen_bytes(shape, config, dtype) if config.use_lora else 0),
+        reference=reference,
         optimizer=4 * trained + shape.moments,
         activations=activations,
         head=max(head, layer),

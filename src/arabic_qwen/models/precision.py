@@ -54,9 +54,13 @@ def compute_dtype(config: BaseConfig) -> torch.dtype:
 
 def explained_dtype(config: BaseConfig) -> tuple[torch.dtype, str]:
     """:func:`compute_dtype`, with a line for the log that says why where the configuration leaves it open; or ""."""
+    return dtype_on(config, torch.cuda.is_available(), device_has_bf16())
+
+
+def dtype_on(config: BaseConfig, cuda: bool, has_bf16: bool) -> tuple[torch.dtype, str]:
+    """:func:`explained_dtype` for a GPU or a processor that computes bfloat16 natively or not."""
     if config.bf16 and config.fp16:
         raise ConfigurationError("bf16 and fp16 are both true; set one of them to false")
-    cuda, has_bf16 = torch.cuda.is_available(), device_has_bf16()
     if config.bf16 and not has_bf16:
         raise ConfigurationError(
             "bf16: this GPU has no bfloat16; set fp16 to true instead"

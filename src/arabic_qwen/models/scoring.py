@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from arabic_qwen.data.packing import Completion, Group, PackedBatch, best_fit_decreasing, pack
 from arabic_qwen.errors import ModelLoadError
@@ -25,11 +25,7 @@ def enable_packed_forward(model: PreTrainedModel, use_flash: bool = True) -> Non
     Raises:
         ModelLoadError: the model has sliding-window layers, which packed attention does not compute.
     """
-    if set(getattr(model.config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        raise ModelLoadError(
-            f"{model.name_or_path}: has attention layers other than full attention, which packed training does not "
-            "compute; choose a dense Qwen2.5 or Qwen3 model, or set use_sliding_window to false in its config.json"
-        )
+    check_attention(str(model.name_or_path), model.config)
     model.set_attn_implementation(PACKED_ATTENTION)
     ordinary = type(model).forward
 
@@ -51,6 +47,15 @@ def enable_packed_forward(model: PreTrainedModel, use_flash: bool = True) -> Non
     # Trainer, PEFT and generate() read the arguments' names. Not functools.wraps: accelerate unwraps those.
     setattr(forward, "__signature__", inspect.signature(ordinary))  # noqa: B010
     model.forward = types.MethodType(forward, model)
+
+
+def check_attention(name: str, model_config: PreTrainedConfig) -> None:
+    """Raise ModelLoadError where a model has sliding-window layers, which packed attention does not compute."""
+    if set(getattr(model_config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        raise ModelLoadError(
+            f"{name}: has attention layers other than full attention, which packed training does not compute; choose a "
+            "dense Qwen2.5 or Qwen3 model, or set use_sliding_window to false in its config.json"
+        )
 
 
 def score_completions(
