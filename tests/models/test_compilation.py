@@ -117,6 +117,7 @@ def test_what_cannot_be_compiled(tiny_model):
         worthwhile(SFTConfig(torch_compile=True), tiny_model("qwen2"), 1e20)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="its code for processors rounds as it likes")
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a compiler")
 def test_policy_and_reference_round_alike(tiny_model, monkeypatch):
     """With real code, for that is where fused operations round or not; new adapters change nothing."""

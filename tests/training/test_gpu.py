@@ -182,8 +182,13 @@ def test_variants_of_lora(config, variant):
     assert loaded.evaluate(rows)["eval_loss"] == pytest.approx(trainer.evaluate(rows)["eval_loss"], rel=5e-2)
 
 
-@pytest.mark.parametrize("variant", [{}, {"load_in_4bit": True}, *VARIANTS], ids=str)
+COMPILED = [{"torch_compile": True}, {"torch_compile": True, "base_precision": "fp8"}]
+
+
+@pytest.mark.parametrize("variant", [{}, {"load_in_4bit": True}, *VARIANTS, *COMPILED], ids=str)
 def test_first_margin_is_zero(model_dir, tmp_path, variant):
+    if "base_precision" in variant and not has_fp8():
+        pytest.skip("needs an Ada, Hopper or newer GPU")
     if variant.get("load_in_4bit") and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("needs bitsandbytes")
     trainer = BaseTrainer(pairs_config(DPOConfig, model_dir, tmp_path, lora_dropout=0.0, logging_steps=1, **variant))
