@@ -41,6 +41,9 @@ class Clock(TrainerCallback):
     def __init__(self, warmup: int):
         self.warmup = warmup
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step not in (self.warmup, state.max_steps):
             return
@@ -49,6 +52,7 @@ class Clock(TrainerCallback):
         if state.global_step == self.warmup:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()  # trying how much fits took more
+            self.warmup_seconds = time.perf_counter() - self.start
             self.start, self.compiled = time.perf_counter(), _graphs_compiled()
         else:
             self.seconds = time.perf_counter() - self.start
@@ -112,6 +116,7 @@ def measure(trainer: Trainer, warmup: int, update_file: str | None = None) -> di
         np.save(update_file, torch.cat([update.flatten() for update in updates.values()]).numpy())
     return {
         "seconds": round(clock.seconds, 3),
+        "warmup_seconds": round(clock.warmup_seconds, 1),
         "mean_loss": round(float(np.mean(losses)), 5),
         "losses": [round(loss, 5) for loss in losses],
         "peak_gb": workload.peak_gb(),

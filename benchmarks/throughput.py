@@ -25,7 +25,8 @@ Two checks have limits, LARGEST_DIFFERENCE. What they can find:
   that have little in common; run once in float32, with a small model, to know that the work is the same.
 - `loss_difference`, of the peers and of ours-fp8: |theirs − ours| / |ours| of the mean loss over all steps. It finds
   another loss, scale or average, and in bfloat16 a base that is computed wrongly. It is blind to the order of the rows
-  within a step, and in DPO to nearly everything in the first step, which is log 2 for all.
+  within a step, and in DPO to nearly everything in the first step, which is log 2 for all. Steps of few pairs differ by
+  rounding: two pairs in bfloat16 by nearly the limit. `losses` has each step.
 
 TRL estimates KTO's divergence and averages CPO's likelihood term by micro-batch, so these two are compared with it only
 where a step is one. What was compiled while the clock ran is a problem too: the warm-up was too short.
@@ -44,6 +45,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,7 @@ def in_own_process(specification: dict[str, Any], seconds: float) -> dict[str, A
     command = [sys.executable, str(Path(__file__).with_name("one_run.py")), str(given), str(result)]
     # Unsloth writes code, into ./ otherwise, and asks the hub for statistics.
     environment = os.environ | {"UNSLOTH_COMPILE_LOCATION": f"{folder}/unsloth", "HF_HUB_OFFLINE": "1"}
+    start = time.perf_counter()
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
         try:
@@ -105,7 +108,8 @@ def in_own_process(specification: dict[str, Any], seconds: float) -> dict[str, A
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     if process.returncode == 0:
-        return json.loads(result.read_text(encoding="utf-8"))
+        took = {"process_seconds": round(time.perf_counter() - start, 1)}
+        return json.loads(result.read_text(encoding="utf-8")) | took
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
     print("\n".join(lines[-40:]), file=sys.stderr)
     return {"failed": OUT_OF_MEMORY if OUT_OF_MEMORY in lines[-1] else lines[-1][:300]}
@@ -235,7 +239,7 @@ def table(report: dict[str, Any]) -> str:
             lines.append(f"{start} {run['failed']} | | | | | |")
             continue
         best = report["summary"][run["method"]]
-        fastest = run["peer"] in ("trl", "unsloth") and run["variant"] == best[f"{run['peer']}_configuration"]
+        fastest = run["peer"] in ("trl", "unsloth") and run["tokens_per_s"] == best[f"{run['peer']}_tokens_per_s"]
         ratio = best.get("ratio" if run["peer"] == "trl" else "unsloth_ratio") if fastest else None
         share = "" if run["mfu"] is None else f"{run['mfu']:.1%}"
         cells = [f"{run['tokens_per_s']:,.0f}", f"{ratio}×" if ratio else "", run["peak_gb"], share]

@@ -105,6 +105,7 @@ def test_the_peak_is_that_of_the_timed_steps(monkeypatch, tmp_path):
         monkeypatch.setattr(one_run.torch.cuda, name, lambda name=name: calls.append(name))
     monkeypatch.setattr(one_run.torch.cuda, "is_available", lambda: True)
     clock = one_run.Clock(warmup=2)
+    clock.on_train_begin(None, None, None)
     for step in range(1, 5):
         clock.on_step_end(None, argparse.Namespace(global_step=step, max_steps=4), None)
     assert calls == ["synchronize", "reset_peak_memory_stats", "synchronize"]
