@@ -47,22 +47,22 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
             yield ""
             yield from _changes(device)
     for device in plan.devices:
-        for change in device.faster:
-            yield f"faster on {device.name}: {change.setting}, {_duration(change.seconds)} by itself"
+        if device.faster and device.seconds:
+            less = [f"{change.setting} (−{1 - change.seconds / device.seconds:.0%})" for change in device.faster]
+            yield f"less time on {device.name}: {', '.join(less)}, each by itself"
 
 
 def _devices(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("", no_wrap=True)
     time = "time" if plan.mix.steps else "a million"
-    for column in ("peak GB", "usable", "of", "fits", "token_budget", "recomputed", "tokens/s", time):
+    for column in ("peak GB", "usable", "fits", "token_budget", "recomputed", "tokens/s", time):
         table.add_column(column, justify="right", no_wrap=True)
     for device in plan.devices:
         table.add_row(
             device.name,
             _gigabytes(device.parts.total),
             f"{device.limit / 1e9:.1f}",
-            f"{device.memory / 1e9:.1f}",
             "[green]yes[/]" if device.fits else "[red]no[/]",
             f"{device.fit.token_budget:,}",
             f"{device.fit.recomputed} of {plan.shape.layers}",
