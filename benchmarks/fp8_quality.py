@@ -6,7 +6,8 @@
 LoRA r=16 on all linear layers, no dropout: same adapters, rows and order in both runs, so that what differs is the
 setting's rounding. The held-out loss is taken before the first step and at ten places on the way. The differences are in
 percent of the run without: of the last held-out loss, and of the training loss, as the mean over the last quarter of the
-steps and as the largest of means over 10 steps.
+steps and as the largest of means over 10 steps. The JSON is written after each run, so what is finished outlives a time
+limit; DIR/without/metrics.jsonl and DIR/with/metrics.jsonl have each step.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def train(name: str, setting: dict[str, Any], args: argparse.Namespace) -> dict[
         **setting,
     )
     trainer = BaseTrainer(config)
+    trainer.setup_lora()  # which converts the base
     before = trainer.evaluate()["eval_loss"]
     trainer.trainer = None
     trainer.train()
@@ -111,9 +113,13 @@ def main() -> None:
     args = parser.parse_args()
     args.data = args.data or f"sample:{args.method}"
     key, _, value = args.setting.partition("=")
-    runs = {"without": train("without", {}, args), args.setting: train("with", {key: yaml.safe_load(value)}, args)}
+    runs: dict[str, dict[str, Any]] = {}
+    report = workload.machine() | {"settings": vars(args), "runs": runs}
+    runs["without"] = train("without", {}, args)
+    workload.write_json(args.json, report)
+    runs[args.setting] = train("with", {key: yaml.safe_load(value)}, args)
     found = differences(*runs.values())
-    workload.write_json(args.json, workload.machine() | {"settings": vars(args), "differences": found, "runs": runs})
+    workload.write_json(args.json, report | {"differences": found})
     if args.plot:
         plot(runs, args.plot)
     print(f"{args.method}, {args.steps} steps, {args.setting}; difference in percent of the run without:\n")

@@ -24,11 +24,19 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from arabic_qwen.data.loaders import GroupDataset
 from arabic_qwen.data.packing import Group
+from arabic_qwen.errors import TrainingError
+from arabic_qwen.models.memory_limit import is_out_of_memory
 from arabic_qwen.training.base_trainer import BaseTrainer
+
+OUT_OF_MEMORY = "out of memory"
+
+
+def lacks_memory(error: Exception) -> bool:
+    return is_out_of_memory(error) or (isinstance(error, TrainingError) and OUT_OF_MEMORY in str(error))
 
 
 class Clock(TrainerCallback):
-    """Seconds of the steps after the warm-up, and whether anything was compiled meanwhile."""
+    """Seconds of the steps after the warm-up, and what was compiled meanwhile; the peak of memory is theirs too."""
 
     def __init__(self, warmup: int):
         self.warmup = warmup
@@ -39,6 +47,8 @@ class Clock(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         if state.global_step == self.warmup:
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()  # trying how much fits took more
             self.start, self.compiled = time.perf_counter(), _graphs_compiled()
         else:
             self.seconds = time.perf_counter() - self.start
@@ -69,16 +79,32 @@ def start_alike(trainer: Trainer) -> None:
             weight.zero_()
 
 
+def record_losses(trainer: Trainer) -> list[tuple[int, torch.Tensor]]:
+    """Step and loss of each call of training_step, to be filled; on the device, for to read them is to wait for them."""
+    train, found = trainer.training_step, []
+
+    def training_step(*args, **kwargs):
+        loss = train(*args, **kwargs)
+        found.append((trainer.state.global_step, loss.detach()))
+        return loss
+
+    trainer.training_step = training_step
+    return found
+
+
 def measure(trainer: Trainer, warmup: int, update_file: str | None = None) -> dict[str, Any]:
-    """Train and time; asserts that the loss is finite and that every adapter weight matrix has learned."""
+    """Train and time; asserts that every loss is finite and that every adapter weight matrix has learned."""
     start_alike(trainer)
     before = {name: weight.detach().to("cpu", copy=True) for name, weight in adapters(trainer).items()}
     clock = Clock(warmup)
     trainer.add_callback(clock)
     trainer.remove_callback(PrinterCallback)
+    recorded = record_losses(trainer)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses and np.isfinite(losses).all(), f"loss is not finite: {losses}"
+    losses = [0.0] * trainer.state.global_step
+    for step, loss in recorded:
+        losses[step] += float(loss)
+    assert np.isfinite(losses).all(), f"loss is not finite: {losses}"
     updates = {name: weight.detach().cpu() - before[name] for name, weight in adapters(trainer).items()}
     still = [name for name, update in updates.items() if not update.norm() > 0]
     assert not still, f"{len(still)} adapter weights had no gradient, {still[0]} first: this measured nothing"
@@ -86,7 +112,8 @@ def measure(trainer: Trainer, warmup: int, update_file: str | None = None) -> di
         np.save(update_file, torch.cat([update.flatten() for update in updates.values()]).numpy())
     return {
         "seconds": round(clock.seconds, 3),
-        "mean_loss": round(float(np.mean(losses)), 4),
+        "mean_loss": round(float(np.mean(losses)), 5),
+        "losses": [round(loss, 5) for loss in losses],
         "peak_gb": workload.peak_gb(),
         "compiled_while_timed": clock.compiled,
     }
@@ -122,8 +149,10 @@ def run(specification: dict[str, Any]) -> dict[str, Any]:
             create = peers.unsloth_peer if peer == "unsloth" else peers.trl_peer
             trainer = create(config, workload.in_training_order(config, groups), specification)
         return measure(trainer, args.warmup, specification["update_file"])
-    except torch.OutOfMemoryError:
-        return {"failed": "out of memory"}
+    except (RuntimeError, TrainingError) as error:
+        if not lacks_memory(error):
+            raise
+        return {"failed": OUT_OF_MEMORY}
 
 
 if __name__ == "__main__":

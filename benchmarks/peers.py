@@ -70,9 +70,10 @@ def create(config: BaseConfig, groups: list[Group], run: dict[str, Any], **value
         "gradient_accumulation_steps": config.per_device_train_batch_size // rows,
         "train_sampling_strategy": "sequential",
         "gradient_checkpointing": run["checkpointing"],
+        "use_liger_kernel": run["liger"],
         **options,
     }
-    if config.method in ("sft", "dpo", "ipo"):
+    if config.method == "sft":
         arguments["padding_free"] = run["padding_free"]
     if config.method == "cpo":  # TRL takes pairs
         negatives = len(groups[0].completions) - 1
@@ -80,7 +81,9 @@ def create(config: BaseConfig, groups: list[Group], run: dict[str, Any], **value
         groups = [g._replace(completions=(g.completions[0], c)) for g in groups for c in g.completions[1:]]
         arguments["per_device_train_batch_size"] *= negatives
     train_dataset = Dataset.from_list([row(group) for group in groups])
-    return trainer_class(args=config_class(**arguments), train_dataset=train_dataset, **values)
+    trainer = trainer_class(args=config_class(**arguments), train_dataset=train_dataset, **values)
+    assert not run["padding_free"] or trainer.padding_free, "TRL pads all the same"
+    return trainer
 
 
 def trl_peer(config: BaseConfig, groups: list[Group], run: dict[str, Any]) -> Trainer:

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 
 from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.data.packing import Group
+from arabic_qwen.errors import TrainingError
 from arabic_qwen.training.base_trainer import BaseTrainer
 
 PANELS = {
@@ -95,17 +96,18 @@ def measure(point: Point, loaded: BaseTrainer, args: argparse.Namespace, folder:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     try:
         engine = trainer.create_trainer(dataset, trainer.get_training_arguments(), [])
         result = one_run.measure(engine, args.warmup)
-    except torch.OutOfMemoryError:
-        return point._asdict() | {"failed": "out of memory"}
+    except (RuntimeError, TrainingError) as error:
+        if not one_run.lacks_memory(error):
+            raise
+        return point._asdict() | {"failed": one_run.OUT_OF_MEMORY}
     finally:
         vars(loaded.model).pop("forward", None)  # accelerate's, or the next trainer's would stand around it
     timed = groups[: rows * args.steps]
     result["tokens_per_s"] = round(workload.useful_tokens(timed) / result["seconds"], 1)
-    result["mfu"] = workload.mfu(workload.useful_flops(point.method, timed, shape), result["seconds"])
+    result["mfu"] = workload.mfu(workload.useful_flops(point.method, timed, shape, config.lora_r), result["seconds"])
     return point._asdict() | {"rows": rows} | result
 
 
@@ -153,7 +155,7 @@ def main() -> None:
     parser.add_argument("--total", type=int, default=2048, help="tokens of prompt and completion, for the ratios")
     parser.add_argument("--negatives", default="1,2,4,8,16")
     parser.add_argument("--tokens-per-step", type=int, default=32768, help="useful tokens of an optimizer step")
-    parser.add_argument("--warmup", type=int, default=1, help="optimizer steps before the timed ones")
+    parser.add_argument("--warmup", type=int, default=2, help="optimizer steps before the timed ones")
     parser.add_argument("--steps", type=int, default=2, help="timed optimizer steps")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE.png")

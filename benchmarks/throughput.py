@@ -8,18 +8,27 @@
 All train LoRA adapters (r=16, all linear layers, float32 masters, no dropout) from the same start with the same
 optimizer. Steps after the warm-up are timed; with them the reference pass of DPO, IPO and KTO, and KTO's mismatched
 completions. Every run is a process of its own. It fails when the loss is not finite or an adapter weight got no gradient.
-"ours-fp8" is ours with base_precision=fp8; --set gives further settings of ours. workload.py says what useful tokens and
-MFU are.
+"ours-fp8" is ours with base_precision=fp8; --set gives further settings of ours (lora_r and lora_alpha of all). workload.py
+says what useful tokens and MFU are.
 
---batch-size rows make an optimizer step. Peers take it in micro-batches of --micro-batch rows: padded, and padding-free
-where TRL has that, each without gradient checkpointing, or with the smallest concession that makes it fit into memory:
-half as many rows, checkpointing, both, a quarter. Unsloth runs without checkpointing and with its own kind. The fastest
-of a peer's runs counts. TRL's CPO takes pairs, so a row with K negatives is K pairs of a batch there: same loss, same gradient.
+--batch-size rows make an optimizer step. Peers take it in micro-batches of --micro-batch rows: padded, and for SFT
+padding-free (TRL 1.15 and 1.16 have switched it off for the others), each without gradient checkpointing, or with the
+smallest concession that makes it fit into memory: half as many rows, checkpointing, both, a quarter. Where liger_kernel is
+installed, TRL runs with it too. Unsloth runs without checkpointing and with its own kind. The fastest of a peer's runs
+counts. TRL's CPO takes pairs, so a row with K negatives is K pairs of a batch there: same loss, same gradient.
 
-`update_difference` is ‖ours − theirs‖ / ‖theirs‖ of what training added to the adapters, all weights as one vector, and
-has a limit. Another order of the rows makes it 0.25 or more; rounding makes it 1e-3 at most in float32, but up to 0.3 in
-bfloat16, where the limit finds gross mistakes only. TRL estimates KTO's divergence and averages CPO's likelihood term by
-micro-batch, so these two are compared only where a step is one.
+Two checks have limits, LARGEST_DIFFERENCE. What they can find:
+
+- `update_difference`, of the peers: ‖ours − theirs‖ / ‖theirs‖ of what training added to the adapters, all weights as one
+  vector. In float32 rounding makes it 1e-3 at most, and another order of the rows 0.25 or more: it finds any rows, masks,
+  losses or optimizer steps that are not the same. In bfloat16 rounding makes it up to 0.35, so that it finds only updates
+  that have little in common; run once in float32, with a small model, to know that the work is the same.
+- `loss_difference`, of the peers and of ours-fp8: |theirs − ours| / |ours| of the mean loss over all steps. It finds
+  another loss, scale or average, and in bfloat16 a base that is computed wrongly. It is blind to the order of the rows
+  within a step, and in DPO to nearly everything in the first step, which is log 2 for all.
+
+TRL estimates KTO's divergence and averages CPO's likelihood term by micro-batch, so these two are compared with it only
+where a step is one. What was compiled while the clock ran is a problem too: the warm-up was too short.
 
 Without --data, lengths are log-normal: prompts of median 200 and completions of median 250 tokens, at most 1,024 each, an
 eighth of that for models under 50 million parameters. --equal-lengths makes all of them the median.
@@ -41,16 +50,16 @@ from typing import Any
 import numpy as np
 import torch
 import workload
+from one_run import OUT_OF_MEMORY
 
 METHODS = ("sft", "dpo", "ipo", "kto", "cpo", "simpo")
 PEERS = ("ours", "ours-fp8", "trl", "unsloth")
-LARGEST_DIFFERENCE = {"float32": 0.01, "bfloat16": 0.5}
-DOES_NOT_FIT = "out of memory"
+LARGEST_DIFFERENCE = {"float32": {"update": 0.01, "loss": 0.001}, "bfloat16": {"update": 0.5, "loss": 0.02}}
 
 
 def attempts(peer: str, method: str, micro_batch: int) -> list[list[dict[str, Any]]]:
     """The peer's variants; of each, runs in the order in which they are tried until one fits."""
-    plain = {"micro_batch": micro_batch, "checkpointing": False, "padding_free": False}
+    plain = {"micro_batch": micro_batch, "checkpointing": False, "padding_free": False, "liger": False}
     if peer.startswith("ours"):
         return [[plain]]
     if peer == "unsloth":
@@ -58,8 +67,10 @@ def attempts(peer: str, method: str, micro_batch: int) -> list[list[dict[str, An
     halves = [rows for rows in (micro_batch // 2, micro_batch // 4) if rows]
     smaller = [plain, *(plain | {"micro_batch": rows} for rows in halves[:1]), plain | {"checkpointing": True}]
     smaller += [plain | {"micro_batch": rows, "checkpointing": True} for rows in halves]
-    kinds = (False, True) if method in ("sft", "dpo", "ipo") else (False,)
-    return [[run | {"padding_free": kind} for run in smaller] for kind in kinds]
+    padding_free = (False, True) if method == "sft" else (False,)
+    liger = (False, True) if importlib.util.find_spec("liger_kernel") else (False,)
+    kinds = [{"padding_free": free, "liger": kernels} for free in padding_free for kernels in liger]
+    return [[run | kind for run in smaller] for kind in kinds]
 
 
 def variant(peer: str, run: dict[str, Any]) -> str:
@@ -70,7 +81,8 @@ def variant(peer: str, run: dict[str, Any]) -> str:
         "padding-free" if run["padding_free"] else "padded" if peer == "trl" else "",
         f"batch {run['micro_batch']}",
     ]
-    return ", ".join(word for word in (*words, "checkpointing" * run["checkpointing"]) if word)
+    words += ["checkpointing" * run["checkpointing"], "Liger" * run["liger"]]
+    return ", ".join(word for word in words if word)
 
 
 def in_own_process(specification: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -96,39 +108,59 @@ def in_own_process(specification: dict[str, Any], seconds: float) -> dict[str, A
         return json.loads(result.read_text(encoding="utf-8"))
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
     print("\n".join(lines[-40:]), file=sys.stderr)
-    return {"failed": DOES_NOT_FIT if DOES_NOT_FIT in lines[-1] else lines[-1][:300]}
+    return {"failed": OUT_OF_MEMORY if OUT_OF_MEMORY in lines[-1] else lines[-1][:300]}
 
 
-def compare(result: dict[str, Any], files: dict[str, str]) -> None:
-    """Adds how far ours and this run are apart."""
-    ours, theirs = np.load(files["ours"]), np.load(files["theirs"])
-    difference = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-    result["update_difference"] = float(f"{difference:.3g}")
+def compare(result: dict[str, Any], ours: dict[str, Any], files: dict[str, str] | None) -> None:
+    """Adds how far this run and ours are apart: in mean loss, and where there are files, in what was learned."""
+    differences = {"loss": abs(result["mean_loss"] - ours["mean_loss"]) / abs(ours["mean_loss"])}
+    if files:
+        our_update, update = np.load(files["ours"]), np.load(files["theirs"])
+        differences["update"] = float(np.linalg.norm(our_update - update) / np.linalg.norm(update))
+    result |= {f"{what}_difference": float(f"{difference:.3g}") for what, difference in differences.items()}
 
 
-def measure(method: str, peer: str, run: dict[str, Any], args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """One run: its settings, and its speed, memory and loss, or why there are none."""
+def measure(
+    method: str,
+    peer: str,
+    run: dict[str, Any],
+    args: argparse.Namespace,
+    folder: str,
+    groups: list[Any],
+    ours: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """One run: its settings, and its speed, memory and loss, or why there are none.
+
+    Args:
+        groups: those of the timed steps.
+        ours: what was measured of ours.
+    """
     name = {"method": method, "peer": peer, "variant": variant(peer, run)}
     files = {"ours": f"{folder}/{method}.npy", "theirs": f"{folder}/theirs.npy"}
-    settings = [*args.set, "base_precision=fp8"] if peer == "ours-fp8" else args.set
+    settings = args.set
+    if peer == "ours-fp8":
+        settings = [*settings, "base_precision=fp8"]
+    elif peer != "ours":
+        settings = [pair for pair in settings if pair.startswith(("lora_r=", "lora_alpha="))]
     specification = run | {
         "method": method,
         "peer": peer,
         "folder": folder,
         "update_file": files["ours" if peer == "ours" else "theirs"],
-        "args": vars(args) | {"set": settings if peer.startswith("ours") else []},
+        "args": vars(args) | {"set": settings},
     }
     print(" · ".join(name.values()), end=": ", file=sys.stderr, flush=True)
     result = in_own_process(specification, args.seconds)
     if "failed" not in result:
-        groups = timed_groups(method, args, folder)
         result["tokens_per_s"] = round(workload.useful_tokens(groups) / result["seconds"], 1)
-        flops = workload.useful_flops(method, groups, workload.model_config(args.model))
+        rank = workload.configuration(method, args, folder).lora_r
+        flops = workload.useful_flops(method, groups, workload.model_config(args.model), rank)
         result["mfu"] = workload.mfu(flops, result["seconds"])
         whole_step = run["micro_batch"] == args.batch_size
-        alike = peer in ("trl", "unsloth") and (method not in ("kto", "cpo") or whole_step)
-        if alike and Path(files["ours"]).is_file():
-            compare(result, files)
+        if ours and peer == "ours-fp8":
+            compare(result, ours, None)
+        elif ours and (method not in ("kto", "cpo") or whole_step):
+            compare(result, ours, files)
     print(result.get("failed") or f"{result['tokens_per_s']:,} tokens/s, {result['peak_gb']} GB", file=sys.stderr)
     return name | result
 
@@ -142,6 +174,7 @@ def timed_groups(method: str, args: argparse.Namespace, folder: str) -> list[Any
 def measure_all(report: dict[str, Any], args: argparse.Namespace, folder: str) -> None:
     """Adds the runs to the report, one after the other, and writes it after each."""
     for method in args.methods:
+        groups, ours = timed_groups(method, args, folder), None
         for peer in args.peers:
             if peer == "unsloth" and not importlib.util.find_spec("unsloth"):
                 report["runs"].append({"method": method, "peer": peer, "variant": "", "failed": "not installed"})
@@ -150,10 +183,12 @@ def measure_all(report: dict[str, Any], args: argparse.Namespace, folder: str) -
                 for run in tries:
                     if args.only and args.only not in variant(peer, run) and not peer.startswith("ours"):
                         continue
-                    result = measure(method, peer, run, args, folder)
+                    result = measure(method, peer, run, args, folder, groups, ours)
+                    if peer == "ours" and "failed" not in result:
+                        ours = result
                     report["runs"].append(result)
                     workload.write_json(args.json, report | {"summary": summary(report["runs"])})
-                    if result.get("failed") != DOES_NOT_FIT:
+                    if result.get("failed") != OUT_OF_MEMORY:
                         break
 
 
@@ -162,9 +197,9 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for run in runs:
         row = found.setdefault(run["method"], {})
-        key = f"{run['peer'].replace('-', '_')}_tokens_per_s"
-        if run.get("tokens_per_s", 0) > row.get(key, 0):
-            row |= {key: run["tokens_per_s"], f"{run['peer']}_configuration": run["variant"]}
+        peer = run["peer"].replace("-", "_")
+        if run.get("tokens_per_s", 0) > row.get(f"{peer}_tokens_per_s", 0):
+            row |= {f"{peer}_tokens_per_s": run["tokens_per_s"], f"{peer}_configuration": run["variant"]}
     for row in found.values():
         for peer, ratio in (("trl", "ratio"), ("unsloth", "unsloth_ratio")):
             if "ours_tokens_per_s" in row and f"{peer}_tokens_per_s" in row:
@@ -173,12 +208,18 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def problems(runs: list[dict[str, Any]], dtype: str) -> list[str]:
-    """What makes the benchmark worthless: ours failed, or a peer did not do the same."""
+    """What makes the benchmark worthless: ours failed, a run did not do the same as ours, or compiled in its time."""
     found = [f"{run['method']}: {run['failed']}" for run in runs if run["peer"].startswith("ours") and "failed" in run]
     for run in runs:
-        difference = run.get("update_difference", 0.0)
-        if not difference < LARGEST_DIFFERENCE[dtype]:
-            found.append(f"{run['method']}: updates differ by {difference:.3g} of those of {run['peer']}")
+        for what, largest in LARGEST_DIFFERENCE[dtype].items():
+            difference = run.get(f"{what}_difference", 0.0)
+            if not difference < largest:
+                found.append(f"{run['method']}: {what} of {run['peer']} differs from ours by {difference:.3g}")
+        if run.get("compiled_while_timed"):
+            found.append(
+                f"{run['method']}: {run['peer']} compiled {run['compiled_while_timed']} graphs while it was timed; raise "
+                "--warmup"
+            )
     return found
 
 

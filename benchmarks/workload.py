@@ -165,7 +165,7 @@ def useful_tokens(groups: list[Group]) -> int:
     return sum(len(group.prompt) + len(c.ids) for group in groups for c in group.completions)
 
 
-def useful_flops(method: str, groups: list[Group], config: Any, rank: int = 16) -> float:
+def useful_flops(method: str, groups: list[Group], config: Any, rank: int) -> float:
     """FLOPs of the module's formula, for training adapters of this rank on all linear layers of the layers."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     hidden, width, kv = config.hidden_size, config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim

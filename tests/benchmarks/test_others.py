@@ -2,8 +2,12 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
+from peft import PeftModel
+
+from arabic_qwen.errors import TrainingError
 
 
 def call(module, monkeypatch, *arguments):
@@ -29,6 +33,32 @@ def test_scaling_curves(monkeypatch, tmp_path, capsys):
     assert all(point["tokens_per_s"] > 0 for point in report["points"])
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
     assert capsys.readouterr().out.count("| negatives | cpo |") == 2
+
+
+def test_a_point_that_does_not_fit_is_one(monkeypatch, tmp_path, capsys):
+    import one_run
+    import scaling
+
+    measure = one_run.measure
+
+    def too_much(trainer, warmup):
+        if trainer.train_dataset[0].num_budgeted > 16:
+            raise TrainingError("out of memory with an example alone (32 tokens); lower max_seq_length")
+        return measure(trainer, warmup)
+
+    monkeypatch.setattr(one_run, "measure", too_much)
+    options = ["--lengths", "16,32", "--ratios", "3:1", "--negatives", "1", "--tokens-per-step", "16"]
+    call(scaling, monkeypatch, *options, "--total", "32", "--steps", "1", "--json", str(tmp_path / "scaling.json"))
+    points = json.loads((tmp_path / "scaling.json").read_text())["points"]
+    assert [(p["method"], p["label"], p.get("failed", "")) for p in points] == [
+        ("sft", "16", ""),
+        ("sft", "32", "out of memory"),
+        ("dpo", "16", "out of memory"),
+        ("dpo", "32", "out of memory"),
+        ("dpo", "3:1", "out of memory"),
+        ("cpo", "1", ""),
+    ]
+    assert "| length | sft | 32 | out of memory | | |" in capsys.readouterr().out
 
 
 def test_a_step_by_class_of_kernel(monkeypatch, capsys):
@@ -81,6 +111,32 @@ def test_quality_of_a_setting(monkeypatch, tmp_path, capsys):
     assert without["held_out"]["2"] != with_it["held_out"]["2"]
     assert report["differences"]["held_out_percent"] != 0
     assert (tmp_path / "q.png").stat().st_size > 10_000
+
+
+def test_quality_before_the_first_step_is_that_of_the_converted_base(monkeypatch, tmp_path):
+    import fp8_quality
+
+    models, written = [], []
+
+    def stop(self):
+        models.append(self.model)
+        if len(models) == 2:
+            raise KeyboardInterrupt
+        return {"eval_loss": 1.0}
+
+    monkeypatch.setattr(fp8_quality.BaseTrainer, "evaluate", stop)
+    monkeypatch.setattr(fp8_quality.BaseTrainer, "train", fake_run)
+    monkeypatch.setattr(fp8_quality.workload, "write_json", lambda path, report: written.append(list(report["runs"])))
+    with pytest.raises(KeyboardInterrupt):
+        call(fp8_quality, monkeypatch, "--steps", "1", "--setting", "lora_r=8", "--output-dir", str(tmp_path))
+    assert all(isinstance(model, PeftModel) for model in models)
+    assert written == [["without"]]  # an interrupted one loses nothing
+
+
+def fake_run(trainer):
+    folder = Path(trainer.config.output_dir)
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "tokens_per_second": 5.0}\n')
 
 
 def test_differences_are_percent_of_the_run_without():

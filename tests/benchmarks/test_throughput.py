@@ -4,7 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from arabic_qwen.errors import TrainingError
 from tests.benchmarks.conftest import BENCHMARKS
 
 ARGUMENTS = {
@@ -25,7 +27,7 @@ ARGUMENTS = {
 
 
 def specification(method, peer, folder, **run):
-    plain = {"micro_batch": 2, "checkpointing": False, "padding_free": False}
+    plain = {"micro_batch": 2, "checkpointing": False, "padding_free": False, "liger": False}
     file = str(folder / f"{peer}.npy")
     return plain | run | {
         "method": method, "peer": peer, "folder": str(folder), "update_file": file, "args": ARGUMENTS
@@ -38,15 +40,74 @@ def test_ours_and_trl_make_the_same_update(method, tmp_path):
     import throughput
 
     variants = [{"micro_batch": 1, "checkpointing": True}] if method in ("dpo", "simpo") else [{}]
-    if method in ("sft", "dpo"):
+    if method == "sft":
         variants.append({"padding_free": True})
     ours = one_run.run(specification(method, "ours", tmp_path))
     assert ours["seconds"] > 0 and ours["peak_gb"] > 0 and ours["compiled_while_timed"] == 0
+    assert ours["mean_loss"] == pytest.approx(sum(ours["losses"]) / 2, abs=1e-5)
     for variant in variants:
         theirs = one_run.run(specification(method, "trl", tmp_path, **variant))
-        assert theirs["mean_loss"] == pytest.approx(ours["mean_loss"], rel=1e-3)
-        throughput.compare(theirs, {"ours": f"{tmp_path}/ours.npy", "theirs": f"{tmp_path}/trl.npy"})
-        assert theirs["update_difference"] < 1e-2
+        assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-3)
+        throughput.compare(theirs, ours, {"ours": f"{tmp_path}/ours.npy", "theirs": f"{tmp_path}/trl.npy"})
+        assert theirs["update_difference"] < 1e-2 and theirs["loss_difference"] < 1e-3
+
+
+def test_padding_free_that_trl_ignores_is_no_variant(monkeypatch, tmp_path):
+    import one_run
+    import throughput
+
+    names = {
+        method: [throughput.variant("trl", tries[0]) for tries in throughput.attempts("trl", method, 8)]
+        for method in ("sft", "dpo")
+    }
+    assert names == {"sft": ["padded, batch 8", "padding-free, batch 8"], "dpo": ["padded, batch 8"]}
+    with pytest.raises(AssertionError, match="TRL pads"):
+        one_run.run(specification("dpo", "trl", tmp_path, padding_free=True))
+    monkeypatch.setattr(throughput.importlib.util, "find_spec", lambda name: name == "liger_kernel")
+    kinds = [throughput.variant("trl", tries[0]) for tries in throughput.attempts("trl", "dpo", 8)]
+    assert kinds == ["padded, batch 8", "padded, batch 8, Liger"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+        TrainingError("out of memory with an example alone (2,048 tokens); lower max_seq_length"),
+    ],
+)
+def test_memory_that_does_not_suffice_is_a_result(monkeypatch, tmp_path, error):
+    import one_run
+
+    def train(*args):
+        raise error
+
+    monkeypatch.setattr(one_run, "measure", train)
+    assert one_run.run(specification("sft", "ours", tmp_path)) == {"failed": "out of memory"}
+
+
+def test_errors_are_not_taken_for_memory(monkeypatch, tmp_path):
+    import one_run
+
+    def train(*args):
+        raise TrainingError("the loss is not finite")
+
+    monkeypatch.setattr(one_run, "measure", train)
+    with pytest.raises(TrainingError, match="not finite"):
+        one_run.run(specification("sft", "ours", tmp_path))
+
+
+def test_the_peak_is_that_of_the_timed_steps(monkeypatch, tmp_path):
+    import one_run
+
+    calls = []
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(one_run.torch.cuda, name, lambda name=name: calls.append(name))
+    monkeypatch.setattr(one_run.torch.cuda, "is_available", lambda: True)
+    clock = one_run.Clock(warmup=2)
+    for step in range(1, 5):
+        clock.on_step_end(None, argparse.Namespace(global_step=step, max_steps=4), None)
+    assert calls == ["synchronize", "reset_peak_memory_stats", "synchronize"]
 
 
 def test_the_smallest_concession_that_fits_is_found(monkeypatch, tmp_path):
@@ -54,7 +115,7 @@ def test_the_smallest_concession_that_fits_is_found(monkeypatch, tmp_path):
 
     def fits(run, seconds):
         speed = {"mean_loss": 1.0, "peak_gb": 1.0, "seconds": 4 - run["padding_free"]}
-        return speed if run["checkpointing"] else {"failed": throughput.DOES_NOT_FIT}
+        return speed if run["checkpointing"] else {"failed": throughput.OUT_OF_MEMORY}
 
     monkeypatch.setattr(throughput, "in_own_process", fits)
     path = tmp_path / "report.json"
@@ -81,8 +142,43 @@ def test_what_makes_a_benchmark_worthless(capsys):
     runs = [good | {"update_difference": float("nan")}, {"method": "dpo", "peer": "ours", "failed": "KeyError: 1"}]
     assert throughput.problems(runs, "float32") == [
         "dpo: KeyError: 1",
-        "sft: updates differ by nan of those of trl",
+        "sft: update of trl differs from ours by nan",
     ]
+    fp8 = {"method": "dpo", "peer": "ours-fp8", "loss_difference": 0.25}
+    peer = {"method": "dpo", "peer": "trl", "loss_difference": 0.015, "update_difference": 0.3}
+    assert throughput.problems([fp8, peer], "bfloat16") == ["dpo: loss of ours-fp8 differs from ours by 0.25"]
+    compiled = {"method": "dpo", "peer": "ours", "compiled_while_timed": 2}
+    assert throughput.problems([compiled], "bfloat16") == [
+        "dpo: ours compiled 2 graphs while it was timed; raise --warmup"
+    ]
+
+
+def test_runs_are_compared_with_ours(monkeypatch, tmp_path):
+    import numpy as np
+    import throughput
+
+    given = []
+
+    def measured(run, seconds):
+        given.append((run["peer"], run["args"]["set"]))
+        np.save(run["update_file"], np.array([1.0, 0.0]) if run["peer"] == "ours" else np.array([1.0, 0.1]))
+        return {"mean_loss": 1.1 if run["peer"] == "ours-fp8" else 1.0, "peak_gb": 1.0, "seconds": 1.0}
+
+    monkeypatch.setattr(throughput, "in_own_process", measured)
+    options = {"methods": ["kto", "dpo"], "peers": ["ours", "ours-fp8", "trl"], "micro_batch": 1}
+    options["set"] = ["lora_r=8", "use_flash_attention=false"]
+    report = {"runs": []}
+    throughput.measure_all(report, argparse.Namespace(**ARGUMENTS | options), str(tmp_path))
+    assert given[:3] == [
+        ("ours", options["set"]),
+        ("ours-fp8", [*options["set"], "base_precision=fp8"]),
+        ("trl", ["lora_r=8"]),
+    ]
+    found = [(run.get("loss_difference"), run.get("update_difference")) for run in report["runs"]]
+    # TRL's KTO is another in micro-batches
+    assert found == [(None, None), (0.1, None), (None, None), (None, None), (0.1, None), (0.0, 0.0995)]
+    best = throughput.summary(report["runs"])["dpo"]
+    assert best["ours_fp8_configuration"] == "packed" and not [key for key in best if "-" in key]
 
 
 def test_a_run_that_fails_or_takes_too_long_is_a_row(tmp_path):

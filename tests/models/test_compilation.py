@@ -1,6 +1,7 @@
 """Compiled passes against ordinary ones, with a backend that generates no code: what is tested is the traced graph."""
 
 import functools
+import shutil
 
 import numpy as np
 import pytest
@@ -114,3 +115,28 @@ def test_what_cannot_be_compiled(tiny_model):
     assert not worthwhile(SFTConfig(), tiny_model("qwen2"), 1e20)  # on a processor
     with pytest.raises(ConfigurationError, match=r"torch_compile: needs a GPU .*; set it to auto or false"):
         worthwhile(SFTConfig(torch_compile=True), tiny_model("qwen2"), 1e20)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="its code for processors rounds as it likes")
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a compiler")
+def test_policy_and_reference_round_alike(tiny_model, monkeypatch):
+    """With real code, for that is where fused operations round or not; new adapters change nothing."""
+    torch._dynamo.reset()
+    compilation._dispatching.cache_clear()
+    logps._compiled.cache_clear()
+    monkeypatch.setattr(attention, "_varlen", dense)
+    monkeypatch.setattr(scoring, "flash_runs", lambda device, dtype: True)
+    model = tiny_model("qwen2").bfloat16()
+    enable_packed_forward(model)
+    model = with_lora(model)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(weight)
+    compile_packed(model)
+    batch = batches(1, completions=2)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), model.disable_adapter():
+            reference = model(packed=batch)
+        policy = model(packed=batch)
+    assert policy.requires_grad
+    assert torch.equal(policy, reference)

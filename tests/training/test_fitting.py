@@ -86,7 +86,7 @@ def group(length):
 
 
 def test_longest_groups_fill_the_batch():
-    groups = [group(n) for n in (5, 30, 20, 7)]
+    groups = [group(n) for n in (30, 20, 7, 5)]
     assert [g.num_tokens for g in fitting.longest_groups(groups, 52)] == [30, 20]
     assert [g.num_tokens for g in fitting.longest_groups(groups, 10)] == [30]
     assert sum(g.num_tokens for g in fitting.longest_groups(groups, 1000)) > 995
@@ -97,25 +97,32 @@ def small_gpu(monkeypatch):
     """A processor that says it is a GPU of little memory; its measurements follow a law."""
 
     class Measured(Law):
-        def __init__(self, model, groups, optimizer_bytes):
+        def __init__(self, model, groups, largest_step, optimizer_bytes):
             super().__init__(optimizer_bytes, 10, 1000, 500, 0, len(decoder_layers(model)))
             self.model = model
+            self.largest_step = largest_step
+            assert [g.num_tokens for g in groups] == sorted((g.num_tokens for g in groups), reverse=True)
 
         def memory(self):
             return 3000 * 400
 
         def __call__(self, tokens, kept):
             recompute_first(self.model, self.layers - kept)
-            return super().__call__(tokens, kept)
+            return super().__call__(min(tokens, self.largest_step), kept)
 
     monkeypatch.setattr(fitting, "CudaMeasure", Measured)
     real = fitting.fit
 
     def fit(trainer):
         device = torch.device("cuda")
-        pretended = types.SimpleNamespace(device=device, optim=trainer.args.optim)
-        shown = Shown(trainer, pretended)
-        real(shown)
+        given = trainer.args
+        pretended = types.SimpleNamespace(
+            device=device,
+            optim=given.optim,
+            per_device_train_batch_size=given.per_device_train_batch_size,
+            gradient_accumulation_steps=given.gradient_accumulation_steps,
+        )
+        real(Shown(trainer, pretended))
 
     class Shown:
         def __init__(self, trainer, args):
@@ -133,11 +140,12 @@ def small_gpu(monkeypatch):
 def test_a_run_keeps_what_was_chosen(model_dir, sft_file, tmp_path, small_gpu, caplog):
     caplog.set_level(logging.INFO)
     values = dict(gradient_checkpointing="auto", save_steps=1, evaluation_strategy="no", load_best_model_at_end=False)
+    values |= dict(per_device_train_batch_size=12, num_train_epochs=2)
     config = sft_config(model_dir, sft_file, tmp_path / "run", callbacks=[StopAfter(1)], **values)
     with pytest.raises(KeyboardInterrupt):
         BaseTrainer(config).train()
     progress = json.loads((tmp_path / "run" / "checkpoint-1" / "progress.json").read_text())["trainer"]
-    assert 50 < progress["token_budget"] < 2048
+    assert progress["token_budget"] == fitting.FULL_BUDGET  # more than a step has
     assert progress["recomputed"] in (1, 2)
     line = next(message for message in caplog.messages if "layers recomputed" in message)
     assert f"token_budget {progress['token_budget']:,}, {progress['recomputed']} of 2 layers recomputed: " in line
@@ -151,6 +159,31 @@ def test_a_run_keeps_what_was_chosen(model_dir, sft_file, tmp_path, small_gpu, c
     assert trainer.trainer.get_train_dataloader().collate_fn.token_budget == progress["token_budget"]
     recomputes = [layer.gradient_checkpointing for layer in decoder_layers(trainer.model)]
     assert recomputes == [number < progress["recomputed"] for number in range(2)]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_auto_counts_when_it_is_set_later(model_dir, sft_file, tmp_path, small_gpu, caplog, before):
+    """After a run that was out of memory, as one may be told."""
+    caplog.set_level(logging.INFO)
+    values = dict(save_steps=1, evaluation_strategy="no", load_best_model_at_end=False)
+    config = sft_config(model_dir, sft_file, tmp_path / "run", callbacks=[StopAfter(1)], **values)
+    config.gradient_checkpointing = before
+    with pytest.raises(KeyboardInterrupt):
+        BaseTrainer(config).train()
+    caplog.clear()
+    config.gradient_checkpointing, config.callbacks = "auto", []
+    trainer = BaseTrainer(config)
+    trainer.train()
+    assert any("layers recomputed" in message for message in caplog.messages)
+    assert trainer.trainer.recomputed is not None
+
+
+def test_small_steps_need_little(model_dir, sft_file, tmp_path, small_gpu):
+    values = dict(gradient_checkpointing="auto", evaluation_strategy="no", per_device_train_batch_size=1)
+    trainer = BaseTrainer(sft_config(model_dir, sft_file, tmp_path / "run", max_steps=1, **values))
+    trainer.train()
+    assert trainer.trainer.token_budget == fitting.FULL_BUDGET
+    assert trainer.trainer.recomputed == 0
 
 
 def test_on_a_processor_auto_recomputes_nothing(model_dir, sft_file, tmp_path):

@@ -182,8 +182,13 @@ def test_variants_of_lora(config, variant):
     assert loaded.evaluate(rows)["eval_loss"] == pytest.approx(trainer.evaluate(rows)["eval_loss"], rel=5e-2)
 
 
-@pytest.mark.parametrize("variant", [{}, {"load_in_4bit": True}, *VARIANTS], ids=str)
+COMPILED = [{"torch_compile": True}, {"torch_compile": True, "base_precision": "fp8"}]
+
+
+@pytest.mark.parametrize("variant", [{}, {"load_in_4bit": True}, *VARIANTS, *COMPILED], ids=str)
 def test_first_margin_is_zero(model_dir, tmp_path, variant):
+    if "base_precision" in variant and not has_fp8():
+        pytest.skip("needs an Ada, Hopper or newer GPU")
     if variant.get("load_in_4bit") and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("needs bitsandbytes")
     trainer = BaseTrainer(pairs_config(DPOConfig, model_dir, tmp_path, lora_dropout=0.0, logging_steps=1, **variant))
@@ -281,8 +286,8 @@ def test_memory_is_used_and_not_exceeded(config, monkeypatch):
     engine.fits_budget = engine.fits_recompute = False
     engine.train()  # brings in kernels and their workspaces
     engine.fits_budget = engine.fits_recompute = True
-    groups = engine.train_groups
-    measure = fitting.CudaMeasure(engine.model, groups, 0)
+    groups = sorted(engine.train_groups, key=lambda group: -group.num_tokens)
+    measure = fitting.CudaMeasure(engine.model, groups, 4096, 0)
     random_state = torch.cuda.get_rng_state()
     needed = measure(2048, 1)
     assert torch.equal(torch.cuda.get_rng_state(), random_state)

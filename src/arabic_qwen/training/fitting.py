@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from accelerate.utils import gather_object
 
 from arabic_qwen.data.packing import Group, pack
 from arabic_qwen.data.stream import GroupStream
+from arabic_qwen.models.memory import moment_bytes
+from arabic_qwen.models.memory_limit import is_out_of_memory
 from arabic_qwen.models.recompute import decoder_layers, recompute_first
 
 logger = logging.getLogger(__name__)
@@ -107,9 +110,8 @@ def _most_kept(measure: Callable[[int], float], layers: int, limit: float, peak:
     return kept, peak
 
 
-def longest_groups(groups: Sequence[Group], tokens: int) -> list[Group]:
-    """The longest groups, over again where there are too few, that fit into `tokens`; at least one."""
-    ordered = sorted(groups, key=lambda group: -group.num_tokens)
+def longest_groups(ordered: Sequence[Group], tokens: int) -> list[Group]:
+    """Of groups, longest first, those that fit into `tokens`, over again where there are too few; at least one."""
     chosen, room = [ordered[0]], tokens - ordered[0].num_tokens
     while room >= ordered[-1].num_tokens:
         for group in ordered:
@@ -125,13 +127,15 @@ class CudaMeasure:
 
     Args:
         model: as prepared for training, but without DDP around it: processes may measure differently often.
-        groups: to take the longest of.
+        groups: to take the longest of, sorted by length, longest first.
+        largest_step: tokens; a micro-batch never has more, whatever the budget.
         optimizer_bytes: that will be added once the optimizer has made its first step.
     """
 
-    def __init__(self, model: Any, groups: Sequence[Group], optimizer_bytes: int):
+    def __init__(self, model: Any, groups: Sequence[Group], largest_step: int, optimizer_bytes: float):
         self.model = model
         self.groups = groups
+        self.largest_step = largest_step
         self.optimizer_bytes = optimizer_bytes
         self.device = next(model.parameters()).device
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -144,7 +148,7 @@ class CudaMeasure:
 
     def __call__(self, tokens: int, kept: int) -> float:
         recompute_first(self.model, len(decoder_layers(self.model)) - kept)
-        batch = pack(longest_groups(self.groups, tokens)).to(self.device)
+        batch = pack(longest_groups(self.groups, min(tokens, self.largest_step))).to(self.device)
         self.model.train()
         try:
             with torch.random.fork_rng([self.device]):
@@ -153,12 +157,16 @@ class CudaMeasure:
                 torch.cuda.reset_peak_memory_stats(self.device)
                 self.model(packed=batch).sum().backward()
             return torch.cuda.max_memory_allocated(self.device) + self.optimizer_bytes
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return math.inf
         finally:
             for parameter in self.trained:
                 parameter.grad = None
+            gc.collect()
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)  # the run's peak is not that of a try
 
 
 def fit(trainer: Any) -> None:
@@ -175,12 +183,14 @@ def fit(trainer: Any) -> None:
     if isinstance(groups, GroupStream):
         _, groups = next(groups.windows({}))
     layers = decoder_layers(trainer.model)
-    begun = bool(trainer.optimizer.state)
-    moments = 0 if begun else 2 if "8bit" in str(trainer.args.optim).lower() else 8
-    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    measure = CudaMeasure(trainer.model, groups, moments * trained)
+    groups = sorted(groups, key=lambda group: -group.num_tokens)
+    longest = groups[0].num_tokens
+    rows = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    capacity = trainer.sequence_capacity
+    step = rows * max(capacity, longest) if capacity else sum(group.num_tokens for group in groups[:rows])
+    moments = moment_bytes(trainer.model, "8bit" in str(trainer.args.optim).lower())
+    measure = CudaMeasure(trainer.model, groups, step, 0 if trainer.optimizer.state else moments)
     memory = measure.memory()
-    longest = max(group.num_tokens for group in groups)
     found = choose(
         measure,
         layers=len(layers),
@@ -191,12 +201,14 @@ def fit(trainer: Any) -> None:
     )
     everyone = gather_object([found])
     trainer.token_budget = min(one.token_budget for one in everyone)
-    trainer.recomputed = max(one.recomputed for one in everyone)
+    recomputed = max(one.recomputed for one in everyone)
+    if trainer.fits_recompute:  # else it is the configuration's, which may change on resume
+        trainer.recomputed = recomputed
     trainer.fits_budget = trainer.fits_recompute = False
-    recompute_first(trainer.model, trainer.recomputed)
+    recompute_first(trainer.model, recomputed)
     used = "more" if math.isinf(found.peak) else f"{found.peak / 1e9:.0f}"
     logger.info(
-        f"token_budget {trainer.token_budget:,}, {trainer.recomputed} of {len(layers)} layers recomputed: "
+        f"token_budget {trainer.token_budget:,}, {recomputed} of {len(layers)} layers recomputed: "
         f"{used} of {memory / 1e9:.0f} GB"
     )
     if found.peak > USABLE * memory:
