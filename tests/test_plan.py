@@ -264,6 +264,7 @@ def test_as_a_verb(seven, tmp_path, monkeypatch, capsys):
     assert "not read (data/training.jsonl: does not exist" in text
     for part in (
         "time: training steps and a precomputed reference only",
+        "less time on H100 80GB: base_precision=fp8 (−21%)",
         "RTX 3060",
         "weights",
         "█",
