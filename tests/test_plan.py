@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from arabic_qwen import plan as planning
 from arabic_qwen import plan_gpus, plan_tables
 from arabic_qwen.config import METHOD_CONFIGS, DPOConfig, SFTConfig
-from arabic_qwen.errors import ConfigurationError, ModelLoadError
+from arabic_qwen.errors import ConfigurationError, DatasetError, ModelLoadError
 from arabic_qwen.models.adapters import add_lora
 from arabic_qwen.plan_data import Mix
 from arabic_qwen.training.base_trainer import BaseTrainer
@@ -194,13 +194,13 @@ def test_this_gpu_is_what_it_is(seven, monkeypatch):
     [
         ({"torch_compile": True, "torch_dtype": "float32"}, "torch_compile: needs a GPU with flash attention"),
         ({"torch_compile": True, "use_flash_attention": False}, "torch_compile: needs a GPU with flash attention"),
+        ({"base_precision": "fp8", "torch_dtype": "float32"}, "base_precision: fp8 layers give bfloat16"),
         ({"bf16": True, "fp16": True}, "bf16 and fp16 are both true; set one of them to false"),
     ],
 )
-def test_named_gpus_refuse_as_training_does(model_dir, values, reason):
-    config = config_for("sft", model_dir, **values)
-    for device in planning.plan(config, ["H100", "3060"]).devices:
-        assert device.refusal.startswith(reason) and not device.fits
+def test_what_every_device_refuses_is_an_error(model_dir, values, reason):
+    with pytest.raises(ConfigurationError, match=reason):
+        planning.plan(config_for("sft", model_dir, **values))
 
 
 def test_sliding_windows_are_refused(seven):
@@ -212,7 +212,7 @@ def test_sliding_windows_are_refused(seven):
 
 def test_lengths_that_are_advised_cut_something(seven, monkeypatch):
     """Examples of up to 5,421 tokens: a limit of 8,192 would change nothing."""
-    mix = Mix(900, 600, 1e6, gathered=0, longest=5421, completions=1, epochs=3)
+    mix = Mix(900, 600, 1e6, gathered=0, longest=5421, completions=1, step=21684, epochs=3)
     monkeypatch.setattr(planning, "mix_of", lambda config: mix)
     config = SFTConfig(model_name=str(seven), max_seq_length=16384, load_in_4bit=True, lora_r=8)
     for memory, advised in ((8.6e9, "max_seq_length=4096"), (8.0e9, "max_seq_length=2048")):
@@ -261,9 +261,10 @@ def test_as_a_verb(seven, tmp_path, monkeypatch, capsys):
     code, text, _ = in_process(monkeypatch, capsys, "plan", "dpo.yaml")
     assert code == 0
     assert "7,615,616,512 parameters in 28 layers, 40,370,176 more in adapters; its weights are not on" in text
-    assert "not read (data/training.jsonl: cannot be read" in text
+    assert "not read (data/training.jsonl: does not exist" in text
     for part in (
         "time: training steps and a precomputed reference only",
+        "less time on H100 80GB: base_precision=fp8 (−21%)",
         "RTX 3060",
         "weights",
         "█",
@@ -275,12 +276,78 @@ def test_as_a_verb(seven, tmp_path, monkeypatch, capsys):
     found = json.loads(text)
     assert [device["name"] for device in found["devices"][1:]] == ["A100 80GB", "H200"]
     assert found["devices"][2]["fits"] and found["devices"][2]["recomputed_layers"] == 0
+    h100 = [device for device in planning.plan(pairs(seven)).devices if device.name == "H100 80GB"]
+    assert [(device["usable"] / 1e9, device["dtype"], device["compiled"]) for device in found["devices"][1:]] == [
+        (pytest.approx(77.8, abs=0.1), "bfloat16", True),
+        (pytest.approx(137.6, abs=0.1), "bfloat16", True),
+    ]
+    assert [change.setting for change in h100[0].faster] == ["base_precision=fp8", "precompute_reference=true"]
+    assert all(change.seconds < h100[0].seconds for change in h100[0].faster)
     code, text, _ = in_process(monkeypatch, capsys, "plan", "dpo.yaml", "--gpu", "3060", "--json")
     small = json.loads(text)["devices"][1]
     sizes = [small["memory"], small["peak"], *small["parts"].values()]
     sizes += [change[key] for change in small["changes"] for key in ("saved", "least")]
     assert all(type(size) is int for size in sizes)
     assert small["tokens_per_s"] is None and small["seconds"] is None
+
+
+def test_help_names_the_gpus(monkeypatch, capsys):
+    _, text, _ = in_process(monkeypatch, capsys, "plan", "--help")
+    text = "".join(text.split()).replace("│", "")
+    assert all(name.replace(" ", "") in text for name in planning.GPUS)
+
+
+def test_nothing_helps(seven, model_dir, monkeypatch):
+    """Data of short examples: cutting it, or what else there is, saves next to nothing."""
+    for file in model_dir.glob("tokenizer*"):
+        shutil.copy(file, seven)
+    monkeypatch.setitem(planning.GPUS, "small", plan_gpus.Gpu(6e9, 1e14, 0.5, (9, 0)))
+    values = {"dataset_path": "sample:dpo", "instruction_template": "chatml"}
+    plan = planning.plan(pairs(seven, load_in_4bit=True, lora_r=8, lora_target_modules=["q_proj"], **values), ["small"])
+    assert not on(plan)["small"].changes
+    lines = list(plan_tables.tables(plan))
+    assert "to fit on small: a smaller model; no setting makes enough of a difference" in lines
+
+
+def test_a_small_step_takes_little(seven, model_dir):
+    """A step holds its batch, however many tokens would fit."""
+    for file in model_dir.glob("tokenizer*"):
+        shutil.copy(file, seven)
+    values = {"dataset_path": "sample:dpo", "instruction_template": "chatml", "per_device_train_batch_size": 1}
+    plan = planning.plan(pairs(seven, **values), ["H100"])
+    assert plan.mix.longest == plan.mix.step < 8192
+    more = planning.plan(pairs(seven, **values, gradient_accumulation_steps=4), ["H100"])
+    assert plan.mix.step < more.mix.step <= 4 * plan.mix.step
+    assert plan.devices[1].parts.activations < more.devices[1].parts.activations
+
+
+def test_a_long_prompt_is_cut_with_its_answer(seven):
+    values = {"max_seq_length": 32768, "max_prompt_length": 16384, "load_in_4bit": True}
+    small = on(planning.plan(pairs(seven, **values), ["3060"]))["RTX 3060"]
+    (change,) = small.changes
+    settings = dict(part.split("=") for part in change.setting.split())
+    assert change.fits and int(settings["max_prompt_length"]) == int(settings["max_seq_length"]) // 2
+
+
+def test_data_that_cannot_be_trained_on(model_dir, sft_file, tmp_path):
+    with pytest.raises(DatasetError, match="needs"):
+        planning.plan(config_for("dpo", model_dir, dataset_path=str(sft_file)))
+    with pytest.raises(DatasetError, match="sample:cpo: no such sample"):
+        planning.plan(config_for("cpo", model_dir, dataset_path="sample:cpo"))
+
+
+@pytest.mark.parametrize(
+    "values", [{"num_attention_heads": 27}, {"num_key_value_heads": 5}, {"hidden_act": "sillu"}, {"rope_parameters": 3}]
+)
+def test_a_configuration_that_makes_no_model(seven, values):
+    (seven / "config.json").write_text(json.dumps(SEVEN | values))
+    with pytest.raises(ModelLoadError, match=r"seven: no model can be built from its config.json \("):
+        planning.plan(pairs(seven))
+
+
+@pytest.mark.parametrize("values", [{"load_in_8bit": True}, {"use_dora": True}, {"use_flash_attention": False}])
+def test_speeds_that_are_not_known(seven, values):
+    assert on(planning.plan(pairs(seven, **values), ["H200"]))["H200"].seconds is None
 
 
 def test_times_are_told_apart():
@@ -302,7 +369,9 @@ def test_what_training_would_refuse_does_not_fit(seven):
             f"fp8 needs a GPU of compute capability 8.9 or newer (Ada, Hopper), this one has {capability}"
             in found.refusal
         )
-        assert (found.fits, found.tokens_per_s, found.seconds, found.changes) == (False, None, None, [])
+        assert (found.fits, found.tokens_per_s, found.seconds) == (False, None, None)
+    assert not devices["A100 80GB"].changes
+    assert [change.setting for change in devices["RTX 3060"].changes] == ["load_in_4bit=true base_precision=null"]
 
 
 @pytest.mark.parametrize(

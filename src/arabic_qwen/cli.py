@@ -42,6 +42,8 @@ app = typer.Typer(
 
 app.add_typer(data, name="data")
 
+_GPU_HELP = "A GPU to plan for, or several times: RTX 3060, RTX 3090, RTX 4090, L4, A10, L40S, A100 40GB, A100 80GB, H100 80GB, H200"
+
 Model = Annotated[str, typer.Argument(help="Hub id, model folder, or the output folder of a run")]
 
 
@@ -157,7 +159,7 @@ def train(
 def plan(
     config: Annotated[Path, typer.Argument(help="YAML file, as for train")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs that win over the file")] = None,
-    gpu: Annotated[list[str] | None, typer.Option(help="A GPU to plan for; may be given several times")] = None,
+    gpu: Annotated[list[str] | None, typer.Option(help=_GPU_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object and nothing else")] = False,
 ) -> None:
     """Estimate memory, speed and time of a run, here and on GPUs by name, and what to change where it does not fit."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,35 +14,29 @@ from peft import LoraConfig
 from transformers import AutoConfig
 
 from arabic_qwen.config import BaseConfig
-from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.models.attention import flash_runs_on
-from arabic_qwen.models.compilation import compilable, pays
+from arabic_qwen.errors import ConfigurationError, ModelLoadError, one_line
+from arabic_qwen.models.compilation import pays
 from arabic_qwen.models.memory import Memory, ModelShape, frozen_bytes, model_shape, step_memory
-from arabic_qwen.models.precision import (
-    check_fp8,
-    check_fp8_on,
-    compute_dtype,
-    device,
-    device_has_bf16,
-    dtype_on,
-    quantization,
-)
 from arabic_qwen.models.scoring import check_attention
 from arabic_qwen.models.sources import is_adapter, locate_configuration, locate_model
+from arabic_qwen.plan_advice import LENGTHS, faster, remedies, setting
+from arabic_qwen.plan_checks import check_here, check_on, dtype_there, flash_there, message
 from arabic_qwen.plan_data import Mix, mix_of
 from arabic_qwen.plan_gpus import GPUS, SHOWN, Gpu, known, this_device
-from arabic_qwen.training.arguments import check_packages
 from arabic_qwen.training.fitting import PROCESSOR_BUDGET, Fit, choose
 from arabic_qwen.training.objectives import METHODS
-
-_SHORTEST = 256  # tokens that are advised as the longest
-_LENGTHS = ("max_length", "max_seq_length")  # the first that is set limits an example
-
 
 _FP8 = 1.26  # times as fast; measured on an H100, DPO and SFT
 _SMALLEST = 1e8  # parameters: the time of smaller models is not that of their products
 _NF4 = 0.8  # assumed: weights are expanded in each product
 _NOT_COMPILED = 0.65  # assumed: each operation reads and writes the activations
+
+
+class Faster(NamedTuple):
+    """A setting that saves time, by itself."""
+
+    setting: str
+    seconds: float
 
 
 class Change(NamedTuple):
@@ -65,10 +57,13 @@ class Estimate:
     limit: float  # bytes of these that a run may take
     fit: Fit
     parts: Memory
+    compiled: bool
+    dtype: torch.dtype
     refusal: str  # why `train` would not start there, whatever the memory; or ""
     tokens_per_s: float | None = None
     seconds: float | None = None  # of the run's steps, or of a million tokens
     changes: list[Change] = dataclasses.field(default_factory=list)  # that make it fit
+    faster: list[Faster] = dataclasses.field(default_factory=list)
 
     @property
     def fits(self) -> bool:
@@ -90,34 +85,50 @@ def plan(config: BaseConfig, gpus: Sequence[str] = ()) -> Plan:
     """Estimate a run on this machine and on `gpus` (names as in :data:`GPUS`; none: a choice).
 
     Raises:
-        ConfigurationError: a GPU is unknown, or `lora_target_modules` names layers that the model lacks.
+        ConfigurationError: a GPU is unknown, `lora_target_modules` names layers that the model lacks, or settings
+            contradict each other on every device.
         ModelLoadError: the config.json of the model or of its reference cannot be found, or it cannot be trained.
+        DatasetError: the data is here, but cannot be trained on.
     """
     names = [known(name) for name in gpus] or list(SHOWN)
+    check_on(config, GPUS["H200"])  # what the newest refuses, all do
     path, model_config = _configuration_of(config.model_name)
     mix = mix_of(config)
     config = _with_own_adapter(config)
     other = getattr(config, "ref_model_name", None)
     frozen = config.model_copy(update={"use_lora": False})
-    reference = model_shape(_configuration_of(other)[1], frozen, torch.float32) if other else None
-    shapes = functools.cache(
-        lambda r, use_lora, optim, dtype: model_shape(
-            model_config, config.model_copy(update={"lora_r": r, "use_lora": use_lora, "optim": optim}), dtype
-        )
-    )
-    run = _Run(config, mix, shapes, reference)
+    reference = _shape(other, _configuration_of(other)[1], frozen, torch.float32) if other else None
+    run = _Run(config, mix, model_config, reference, {})
     name, here = this_device()
-    devices = [run.estimate(name, here, _message(_check_here, config))]
-    devices += [run.estimate(name, GPUS[name], _message(_check_on, config, GPUS[name])) for name in names]
+    devices = [run.estimate(name, here, message(check_here, config))]
+    devices += [run.estimate(name, GPUS[name], message(check_on, config, GPUS[name])) for name in names]
     return Plan(config.model_name, _has_weights(path), run.shape_on(GPUS[names[0]]), mix, devices)
 
 
 def _configuration_of(name: str) -> tuple[str, Any]:
     """Where a model's config.json is, and what it holds."""
     path = locate_configuration(name)
-    model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    try:
+        model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        raise _broken(name, error) from error
     check_attention(name, model_config)
     return path, model_config
+
+
+def _shape(name: str, model_config: Any, config: BaseConfig, dtype: torch.dtype) -> ModelShape:
+    try:
+        return model_shape(model_config, config, dtype)
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        raise _broken(name, error) from error
+
+
+def _broken(name: str, error: Exception) -> ModelLoadError:
+    return ModelLoadError(
+        f"{name}: no model can be built from its config.json ({one_line(error)}); download or copy it again"
+    )
 
 
 def _with_own_adapter(config: BaseConfig) -> BaseConfig:
@@ -138,61 +149,36 @@ def _has_weights(path: str) -> bool:
     return any(isinstance(try_to_load_from_cache(path, name), str) for name in names)
 
 
-def _message(check: Callable[..., object], *args: Any) -> str:
-    """Of the ConfigurationError that `check` raises, or ""."""
-    try:
-        check(*args)
-    except ConfigurationError as error:
-        return str(error)
-    return ""
-
-
-def _check_here(config: BaseConfig) -> None:
-    """What training would say to this machine, before it has loaded anything."""
-    compute_dtype(config)
-    quantization(config)
-    check_fp8(config)
-    check_packages(config)
-    compilable(config, device())
-
-
-def _check_on(config: BaseConfig, gpu: Gpu) -> None:
-    """The same of a GPU that is not here."""
-    dtype, _ = dtype_on(config, True, _has_bf16(gpu))
-    if config.base_precision == "fp8":
-        check_fp8_on(gpu.capability, dtype)
-    if not _flash_runs(config, gpu):
-        compilable(config.model_copy(update={"use_flash_attention": False}), torch.device("cpu"))
-
-
-def _has_bf16(gpu: Gpu) -> bool:
-    return gpu.capability >= (8, 0) if gpu.is_gpu else device_has_bf16()
-
-
-def _dtype(config: BaseConfig, gpu: Gpu) -> torch.dtype:
-    """Of computation there; where training would refuse, what is likely meant."""
-    try:
-        return dtype_on(config, gpu.is_gpu, _has_bf16(gpu))[0]
-    except ConfigurationError:
-        return torch.bfloat16 if gpu.is_gpu else torch.float32
-
-
-def _flash_runs(config: BaseConfig, gpu: Gpu) -> bool:
-    return config.use_flash_attention and flash_runs_on(gpu.capability, _dtype(config, gpu))
-
-
 class _Run:
     """One configuration on several devices."""
 
-    def __init__(self, config: BaseConfig, mix: Mix, shapes: Any, reference: ModelShape | None):
+    def __init__(
+        self,
+        config: BaseConfig,
+        mix: Mix,
+        model_config: Any,
+        reference: ModelShape | None,
+        shapes: dict[Any, ModelShape],
+    ):
         self.config = config
         self.mix = mix
-        self.shapes = shapes
+        self.model_config = model_config
         self.reference = reference  # another model, by `ref_model_name`
+        self.shapes = shapes  # found so far
 
     def shape_on(self, gpu: Gpu) -> ModelShape:
-        config = self.config
-        return self.shapes(config.lora_r, config.use_lora, config.optim, _dtype(config, gpu))
+        config, dtype = self.config, dtype_there(self.config, gpu)
+        key = (
+            config.lora_r,
+            str(config.lora_target_modules),
+            config.use_lora,
+            config.optim,
+            config.base_precision,
+            dtype,
+        )
+        if key not in self.shapes:
+            self.shapes[key] = _shape(config.model_name, self.model_config, config, dtype)
+        return self.shapes[key]
 
     @property
     def objective(self) -> Any:
@@ -207,7 +193,7 @@ class _Run:
         if not self.reference and not config.use_lora:
             return 4.0 * shape.parameters  # loaded as the policy is
         second = self.reference or config.lora_bias != "none"
-        return frozen_bytes(shape, config, _dtype(config, gpu)) if second else 0.0
+        return frozen_bytes(shape, config, dtype_there(config, gpu)) if second else 0.0
 
     @property
     def tokens(self) -> float | None:
@@ -216,13 +202,14 @@ class _Run:
 
     def compiled(self, gpu: Gpu) -> bool:
         parameters = self.shape_on(gpu).parameters
-        return _flash_runs(self.config, gpu) and pays(self.config, parameters, self.tokens or math.inf)
+        return flash_there(self.config, gpu) and pays(self.config, parameters, self.tokens or math.inf)
 
     def memory(self, gpu: Gpu, tokens: int, recomputed: int) -> Memory:
+        tokens = min(tokens, self.mix.step)
         return step_memory(
             self.shape_on(gpu),
             self.config,
-            _dtype(self.config, gpu),
+            dtype_there(self.config, gpu),
             tokens=tokens,
             targets=math.ceil(tokens * self.mix.targets / self.mix.tokens),
             gathered=math.ceil(tokens * self.mix.gathered / self.mix.tokens),
@@ -250,24 +237,41 @@ class _Run:
         return fit._replace(peak=parts.total), parts
 
     def estimate(self, name: str, gpu: Gpu, refusal: str) -> Estimate:
-        found = Estimate(name, gpu.memory, gpu.limit, *self.fit(gpu), refusal)
-        rate = self._rate(gpu)
-        if found.fits and rate:
-            step, before = self._operations(self.shape_on(gpu), found.fit.recomputed)
-            found.tokens_per_s = rate * self.mix.tokens / step
-            found.seconds = (self.tokens or 1e6) / self.mix.tokens * (step + before) / rate
-        elif not found.fits and not refusal:
+        compiled, dtype = self.compiled(gpu), dtype_there(self.config, gpu)
+        found = Estimate(name, gpu.memory, gpu.limit, *self.fit(gpu), compiled, dtype, refusal)
+        if found.fits and self._rate(gpu):
+            found.tokens_per_s, found.seconds = self._speed(gpu, found.fit.recomputed)
+            found.faster = self._faster(gpu, found.seconds)
+        elif found.parts.total > gpu.limit:
             found.changes = self._changes(gpu)
+        return found
+
+    def _speed(self, gpu: Gpu, recomputed: int) -> tuple[float, float]:
+        """Tokens of the stream a second, as the log counts them; seconds of the run, or of a million tokens."""
+        step, before = self._operations(self.shape_on(gpu), recomputed)
+        rate = self._rate(gpu)
+        return rate * self.mix.tokens / step, (self.tokens or 1e6) / self.mix.tokens * (step + before) / rate
+
+    def _faster(self, gpu: Gpu, seconds: float) -> list[Faster]:
+        found = []
+        for update in faster(self.config):
+            run = self._with([update])
+            if run.is_valid and run.fits(gpu) and not message(check_on, run.config, gpu):
+                _, needed = run._speed(gpu, run.fit(gpu)[0].recomputed)
+                if needed < 0.97 * seconds:
+                    found.append(Faster(setting(update), needed))
         return found
 
     def _rate(self, gpu: Gpu) -> float:
         """Operations a second; 0: not known."""
-        if _dtype(self.config, gpu).itemsize != 2 or self.shape_on(gpu).parameters < _SMALLEST:
+        half = dtype_there(self.config, gpu).itemsize == 2
+        slow = self.config.load_in_8bit or self.config.use_dora or not self.config.use_flash_attention
+        if not half or slow or self.shape_on(gpu).parameters < _SMALLEST:
             return 0.0
         rate = gpu.peak * gpu.share
         rate *= _FP8 if self.config.base_precision == "fp8" else 1.0
         rate *= 1.0 if self.compiled(gpu) else _NOT_COMPILED
-        return rate * (_NF4 if self.config.load_in_4bit or self.config.load_in_8bit else 1.0)
+        return rate * (_NF4 if self.config.load_in_4bit else 1.0)
 
     def _operations(self, shape: ModelShape, recomputed: int) -> tuple[float, float]:
         """Multiplications and additions that an example takes in a step, and its share of a pass before training."""
@@ -287,9 +291,10 @@ class _Run:
     def _changes(self, gpu: Gpu) -> list[Change]:
         """What to change until it fits, the cheapest first, each on top of those before."""
         chosen: list[dict[str, Any]] = []
-        for remedy in _remedies(self.config, self.mix, gpu.is_gpu):
+        for remedy in remedies(self.config, self.mix, gpu.is_gpu):
             run, changed = self._with(chosen), self._with([*chosen, remedy])
-            if not changed.is_valid or changed.least(gpu) > 0.95 * run.least(gpu):
+            enough = changed.fits(gpu) or changed.least(gpu) <= 0.95 * run.least(gpu)
+            if not changed.is_valid or not enough:
                 continue
             chosen.append(remedy)
             if changed.fits(gpu):
@@ -305,7 +310,7 @@ class _Run:
         for number, remedy in enumerate(chosen, 1):
             changed = self._with(chosen[:number])
             least = changed.least(gpu)
-            changes.append(Change(_setting(remedy), before - least, least, changed.fits(gpu)))
+            changes.append(Change(setting(remedy), before - least, least, changed.fits(gpu)))
             before = least
         return changes
 
@@ -313,14 +318,14 @@ class _Run:
         config, mix = self.config, self.mix
         for update in remedies:
             config = config.model_copy(update=update)
-            for key in update.keys() & set(_LENGTHS):
+            for key in update.keys() & set(LENGTHS):
                 mix = mix._replace(longest=min(mix.longest, mix.completions * update[key]))
-        return _Run(config, mix, self.shapes, self.reference)
+        return _Run(config, mix, self.model_config, self.reference, self.shapes)
 
     @property
     def is_valid(self) -> bool:
         values = self.config.model_dump(exclude={"lora_target_modules"})  # an adapter's own may be a pattern
-        return not _message(lambda: type(self.config)(**values))
+        return not message(lambda: type(self.config)(**values))
 
     def fits(self, gpu: Gpu) -> bool:
         return self.fit(gpu)[1].total <= gpu.limit
@@ -338,32 +343,3 @@ def _forward(shape: ModelShape, mix: Mix) -> tuple[float, float, float]:
     layers = 2 * (shape.linear + shape.adapters) * mix.tokens
     attention = 4 * shape.attention * mix.pairs * shape.layers
     return layers, attention, 2 * shape.vocabulary * shape.hidden * mix.targets
-
-
-def _setting(update: dict[str, Any]) -> str:
-    """As `key=value` on the command line."""
-    return " ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in update.items())
-
-
-def _remedies(config: BaseConfig, mix: Mix, on_gpu: bool) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    if not on_gpu and config.gradient_checkpointing is not True:
-        found.append({"gradient_checkpointing": True})  # auto recomputes nothing there
-    elif not config.gradient_checkpointing:
-        found.append({"gradient_checkpointing": "auto"})
-    if config.token_budget:
-        found.append({"token_budget": None})
-    if on_gpu and not config.use_lora and config.optim == "adamw":
-        found.append({"optim": "adamw_8bit"})
-    if getattr(config, "precompute_reference", None) is False:
-        found.append({"precompute_reference": True})
-    if not config.use_lora:
-        found.append({"use_lora": True})
-    if config.lora_r > 8 and not is_adapter(config.model_name):
-        found.append({"lora_r": 8})
-    if not config.load_in_8bit:
-        found.append({"load_in_4bit": True} | ({"base_precision": None} if config.base_precision else {}))
-    length = next(key for key in _LENGTHS if getattr(config, key, None))
-    limit = min(getattr(config, length), math.ceil(mix.longest / mix.completions))
-    exponents = range((limit - 1).bit_length() - 1, _SHORTEST.bit_length() - 2, -1)
-    return [*found, *({length: 2**exponent} for exponent in exponents)]

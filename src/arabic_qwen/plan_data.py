@@ -33,6 +33,7 @@ class Mix(NamedTuple):
     gathered: float  # keys that are its prompt's, again for each completion that shares it
     longest: int  # tokens of the longest example
     completions: int  # of an example, at most
+    step: int  # tokens of an optimizer step, at most
     epochs: float  # of the run
     steps: int | None = None  # of the run; None: the data was not read
     examples_a_step: float = 1.0
@@ -40,13 +41,17 @@ class Mix(NamedTuple):
 
 
 def mix_of(config: BaseConfig) -> Mix:
-    """What the training data is like; assumed where reading it would take long, or cannot be done yet."""
-    try:
-        if not _is_small(config):
-            raise DatasetError("large, or on the hub")
-        return _measured_mix(config)
-    except (DatasetError, ModelLoadError) as error:
-        reason = str(error).splitlines()[0]
+    """What the training data is like; assumed where reading it would take long, or cannot be done yet.
+
+    Raises:
+        DatasetError: it is here, but cannot be trained on.
+    """
+    reason = _not_read(config)
+    if not reason:
+        try:
+            return _measured_mix(config)
+        except ModelLoadError as error:  # it has no tokenizer yet
+            reason = str(error).splitlines()[0]
     completions = 1 if config.method in ("sft", "kto") else 2
     limit = getattr(config, "max_length", None) or config.max_seq_length
     prompt, answer = min(250, limit // 2), min(305, limit // 2)
@@ -57,22 +62,23 @@ def mix_of(config: BaseConfig) -> Mix:
         gathered=completions * prompt if completions > 1 else 0,
         longest=completions * limit,
         completions=completions,
+        step=config.per_device_train_batch_size * config.gradient_accumulation_steps * completions * limit,
         epochs=config.num_train_epochs,
         note=f"not read ({reason}): assuming prompts of {prompt} tokens, {_COMPLETIONS[completions]} of {answer}, examples "
         f"of up to {completions * limit:,}",
     )
 
 
-def _is_small(config: BaseConfig) -> bool:
-    """Whether the data is here and read at once; a file that is missing is left to those who read it."""
+def _not_read(config: BaseConfig) -> str:
+    """Why the data is not read: it is not here, or large. Else ""."""
     paths = [source.path for source in data_sources(config.dataset_path) if not source.path.startswith("sample:")]
     size = 0
     for path in (Path(path).expanduser() for path in paths):
-        if not path.exists() and not path.suffix:  # a hub id
-            return False
+        if not path.exists():
+            return f"{path}: does not exist" if path.suffix else "on the hub"
         files = path.rglob("*") if path.is_dir() else [path]
         size += sum(file.stat().st_size for file in files if file.is_file())
-    return size <= _READ_AT_ONCE
+    return "large" if size > _READ_AT_ONCE else ""
 
 
 def _measured_mix(config: BaseConfig) -> Mix:
@@ -101,6 +107,8 @@ def _sampled_mix(config: BaseConfig) -> Mix:
         for g in groups
     ]
     tokens = float(np.mean([group.num_tokens for group in groups]))
+    together = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    largest = sorted((group.num_budgeted for group in groups), reverse=True)
     steps = config.max_steps or math.ceil(config.num_train_epochs * an_epoch)
     return Mix(
         tokens=tokens,
@@ -109,6 +117,7 @@ def _sampled_mix(config: BaseConfig) -> Mix:
         gathered=float(np.mean([len(g.prompt) * len(g.completions) * (len(g.completions) > 1) for g in groups])),
         longest=max(group.num_tokens for group in groups),
         completions=max(len(group.completions) for group in groups),
+        step=min(sum(largest), together * capacity) if capacity else sum(largest[:together]),
         epochs=steps / an_epoch,
         steps=steps,
         examples_a_step=len(groups) * more / an_epoch,

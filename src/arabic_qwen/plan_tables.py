@@ -34,30 +34,35 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
     yield f"data   {escape(plan.mix.note)}{steps}"
     yield ""
     yield _devices(plan)
-    if any(device.seconds for device in plan.devices):
-        yield "time: training steps and a precomputed reference only; evaluations, samples and compiling come on top"
+    yield "time: training steps and a precomputed reference only; evaluations, samples and compiling come on top"
+    if any(device.fits and not device.seconds for device in plan.devices):
+        yield "–: not known of processors, other GPUs, small models, float32, int8, DoRA, or without flash attention"
     for device in plan.devices:
         if device.refusal:
             yield f"no on {escape(device.name)}: {escape(device.refusal)}"
     yield ""
     yield from _bars(plan)
     for device in plan.devices:
-        if device.changes:
+        if device.parts.total > device.limit:
             yield ""
             yield from _changes(device)
+    for device in plan.devices:
+        if device.faster and device.seconds:
+            less = [f"{change.setting} (−{1 - change.seconds / device.seconds:.0%})" for change in device.faster]
+            yield f"less time on {device.name}: {', '.join(less)}, each by itself"
 
 
 def _devices(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("", no_wrap=True)
     time = "time" if plan.mix.steps else "a million"
-    for column in ("peak GB", "of", "fits", "token_budget", "recomputed", "tokens/s", time):
+    for column in ("peak GB", "usable", "fits", "token_budget", "recomputed", "tokens/s", time):
         table.add_column(column, justify="right", no_wrap=True)
     for device in plan.devices:
         table.add_row(
             device.name,
-            f"{device.parts.total / 1e9:.1f}",
-            f"{device.memory / 1e9:.1f}",
+            _gigabytes(device.parts.total),
+            f"{device.limit / 1e9:.1f}",
             "[green]yes[/]" if device.fits else "[red]no[/]",
             f"{device.fit.token_budget:,}",
             f"{device.fit.recomputed} of {plan.shape.layers}",
@@ -91,13 +96,20 @@ def _bars(plan: Plan) -> Iterator[RenderableType]:
 
 
 def _changes(device: Estimate) -> Iterator[str]:
+    if not device.changes:
+        yield f"to fit on {device.name}: a smaller model; no setting makes enough of a difference"
+        return
     yield f"to fit on {device.name}, in this order:"
     width = max(len(change.setting) for change in device.changes)
     for change in device.changes:
         saved, least = f"{change.saved / 1e9:.1f}", f"{change.least / 1e9:.1f}"
-        yield f"  {change.setting:<{width}}  saves {saved:>5} GB: at least {least} GB{', fits' if change.fits else ''}"
+        yield f"  {change.setting:<{width}}  saves {saved:>5} GB: {least} GB {'is enough' if change.fits else 'are still needed'}"
     if not any(change.fits for change in device.changes):
         yield "  and a smaller model: that is still too much"
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.{1 if size >= 1e9 else 2}f}"
 
 
 def _duration(seconds: float) -> str:
@@ -111,7 +123,10 @@ def _duration(seconds: float) -> str:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The same as JSON; bytes and seconds. Times are of training steps, of a million tokens where `steps` is null."""
+    """The same as JSON; bytes and seconds.
+
+    `seconds` is of all training steps, or of a million tokens where `steps` is null; `tokens_per_s` is of their tokens.
+    """
     return {
         "model": plan.model,
         "has_weights": plan.has_weights,
@@ -124,6 +139,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
             {
                 "name": device.name,
                 "memory": round(device.memory),
+                "usable": round(device.limit),
+                "dtype": str(device.dtype).removeprefix("torch."),
+                "compiled": device.compiled,
                 "peak": round(device.parts.total),
                 "parts": {name: round(size) for name, size in device.parts._asdict().items()},
                 "fits": device.fits,
@@ -132,6 +150,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "recomputed_layers": device.fit.recomputed,
                 "tokens_per_s": device.tokens_per_s,
                 "seconds": device.seconds,
+                "faster": [change._asdict() for change in device.faster],
                 "changes": [
                     change._asdict() | {"saved": round(change.saved), "least": round(change.least)}
                     for change in device.changes

@@ -95,7 +95,10 @@ def model_shape(model_config: PreTrainedConfig, config: BaseConfig, dtype: torch
         outside = sum(parameter.numel() for parameter in model.parameters()) - a_layer
         adapters = 0
         if config.use_lora:
-            model = add_lora(model, config.model_copy(update={"init_lora_weights": "default"}))
+            # fp8 layers compute in bfloat16 only.
+            precision = config.base_precision if dtype is torch.bfloat16 else None
+            update = {"init_lora_weights": "default", "base_precision": precision}
+            model = add_lora(model, config.model_copy(update=update))
             adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         eight_bit = config.optim == "adamw_8bit"
         of_layer = moment_bytes(layer, eight_bit)
