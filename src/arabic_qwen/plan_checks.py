@@ -9,8 +9,8 @@ import torch
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.models.attention import flash_runs_on
-from arabic_qwen.models.compilation import compilable
+from arabic_qwen.models.attention import flash_runs, flash_runs_on
+from arabic_qwen.models.compilation import check_compilable
 from arabic_qwen.models.precision import (
     check_fp8,
     check_fp8_on,
@@ -39,7 +39,7 @@ def check_here(config: BaseConfig) -> None:
     quantization(config)
     check_fp8(config)
     check_packages(config)
-    compilable(config, device())
+    check_compilable(config, config.use_flash_attention and flash_runs(device(), compute_dtype(config)))
 
 
 def check_on(config: BaseConfig, gpu: Gpu) -> None:
@@ -47,8 +47,7 @@ def check_on(config: BaseConfig, gpu: Gpu) -> None:
     dtype, _ = dtype_on(config, True, _has_bf16(gpu))
     if config.base_precision == "fp8":
         check_fp8_on(gpu.capability, dtype)
-    if not flash_there(config, gpu):
-        compilable(config.model_copy(update={"use_flash_attention": False}), torch.device("cpu"))
+    check_compilable(config, flash_there(config, gpu))
 
 
 def _has_bf16(gpu: Gpu) -> bool:

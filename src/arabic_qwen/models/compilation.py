@@ -33,7 +33,10 @@ def worthwhile(config: BaseConfig, model: Any, tokens: float) -> bool:
     Raises:
         ConfigurationError: `torch_compile` is true where layers cannot be compiled.
     """
-    flash = compilable(config, model.get_output_embeddings().weight.device)
+    flash = config.use_flash_attention and flash_runs(
+        model.get_output_embeddings().weight.device, compute_dtype(config)
+    )
+    check_compilable(config, flash)
     return flash and pays(config, model.num_parameters(), tokens)
 
 
@@ -45,19 +48,13 @@ def pays(config: BaseConfig, parameters: int, tokens: float) -> bool:
     return not unusual and parameters * tokens > _WORTHWHILE
 
 
-def compilable(config: BaseConfig, device: torch.device) -> bool:
-    """Whether flash attention, which compiled layers need, runs on `device`.
-
-    Raises:
-        ConfigurationError: it does not, and `torch_compile` is true.
-    """
-    flash = config.use_flash_attention and flash_runs(device, compute_dtype(config))
+def check_compilable(config: BaseConfig, flash: bool) -> None:
+    """Raise ConfigurationError where `torch_compile` is true without flash attention, which compiled layers need."""
     if config.torch_compile is True and not flash:
         raise ConfigurationError(
             "torch_compile: needs a GPU with flash attention (Ampere or newer, bfloat16 or float16, "
             "use_flash_attention); set it to auto or false"
         )
-    return flash
 
 
 def compile_packed(model: Any) -> None:
