@@ -100,7 +100,7 @@ def plan(config: BaseConfig, gpus: Sequence[str] = ()) -> Plan:
     reference = _shape(other, _configuration_of(other)[1], frozen, torch.float32) if other else None
     run = _Run(config, mix, model_config, reference, {})
     name, here = this_device()
-    devices = [run.estimate(name, here, message(check_here, config))]
+    devices = [run.estimate(name, here, message(check_here, config, here))]
     devices += [run.estimate(name, GPUS[name], message(check_on, config, GPUS[name])) for name in names]
     return Plan(config.model_name, _has_weights(path), run.shape_on(GPUS[names[0]]), mix, devices)
 

@@ -9,13 +9,12 @@ import torch
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.models.attention import flash_runs, flash_runs_on
+from arabic_qwen.models.attention import flash_runs_on
 from arabic_qwen.models.compilation import check_compilable
 from arabic_qwen.models.precision import (
     check_fp8,
     check_fp8_on,
     compute_dtype,
-    device,
     device_has_bf16,
     dtype_on,
     quantization,
@@ -33,13 +32,13 @@ def message(check: Callable[..., object], *args: Any) -> str:
     return ""
 
 
-def check_here(config: BaseConfig) -> None:
+def check_here(config: BaseConfig, gpu: Gpu) -> None:
     """What training would say to this machine, before it has loaded anything."""
     compute_dtype(config)
     quantization(config)
     check_fp8(config)
     check_packages(config)
-    check_compilable(config, config.use_flash_attention and flash_runs(device(), compute_dtype(config)))
+    check_compilable(config, flash_there(config, gpu))
 
 
 def check_on(config: BaseConfig, gpu: Gpu) -> None:

@@ -15,8 +15,9 @@ from arabic_qwen.config import BaseConfig
 from arabic_qwen.config.data import data_sources
 from arabic_qwen.data.packing import Group
 from arabic_qwen.data.sources import read_rows
-from arabic_qwen.errors import DatasetError, ModelLoadError
+from arabic_qwen.errors import DatasetError, ModelLoadError, one_line
 from arabic_qwen.training.base_trainer import BaseTrainer
+from arabic_qwen.training.fitting import largest_step
 from arabic_qwen.training.sampler import Sequences
 
 _SAMPLE = 1000  # rows whose lengths are measured
@@ -51,7 +52,7 @@ def mix_of(config: BaseConfig) -> Mix:
         try:
             return _measured_mix(config)
         except ModelLoadError as error:  # it has no tokenizer yet
-            reason = str(error).splitlines()[0]
+            reason = one_line(error)
     completions = 1 if config.method in ("sft", "kto") else 2
     limit = getattr(config, "max_length", None) or config.max_seq_length
     prompt, answer = min(250, limit // 2), min(305, limit // 2)
@@ -117,7 +118,7 @@ def _sampled_mix(config: BaseConfig) -> Mix:
         gathered=float(np.mean([len(g.prompt) * len(g.completions) * (len(g.completions) > 1) for g in groups])),
         longest=max(group.num_tokens for group in groups),
         completions=max(len(group.completions) for group in groups),
-        step=min(sum(largest), together * capacity) if capacity else sum(largest[:together]),
+        step=min(sum(largest), largest_step(largest, together, capacity)),
         epochs=steps / an_epoch,
         steps=steps,
         examples_a_step=len(groups) * more / an_epoch,

@@ -44,7 +44,7 @@ def pays(config: BaseConfig, parameters: int, tokens: float) -> bool:
     """:func:`worthwhile` on a GPU that has flash attention."""
     if config.torch_compile != "auto":
         return config.torch_compile
-    unusual = config.deepspeed or config.use_dora or config.load_in_8bit or not config.use_flash_attention
+    unusual = config.deepspeed or config.use_dora or config.load_in_8bit
     return not unusual and parameters * tokens > _WORTHWHILE
 
 

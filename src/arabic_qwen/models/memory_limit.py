@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from arabic_qwen.data.packing import Group
-from arabic_qwen.errors import TrainingError
+from arabic_qwen.errors import TrainingError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def told_memory() -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        reason = str(error).partition("\n")[0]
+        reason = one_line(error)
     raise TrainingError(
         f"out of memory ({reason}); lower token_budget, or set gradient_checkpointing to true or eval_samples to 0, and "
         "run again: a run goes on from its last checkpoint. If that is not enough, begin anew with optim=adamw_8bit, "

@@ -122,6 +122,16 @@ def longest_groups(ordered: Sequence[Group], tokens: int) -> list[Group]:
     return chosen
 
 
+def largest_step(lengths: Sequence[int], rows: int, capacity: int | None) -> int:
+    """Tokens of an optimizer step of `rows` rows, at most.
+
+    Args:
+        lengths: tokens of the groups, longest first.
+        capacity: tokens that a row is filled up to with several groups; None: a row is a group.
+    """
+    return rows * max(capacity, lengths[0]) if capacity else sum(lengths[:rows])
+
+
 class CudaMeasure:
     """:data:`Measure` by forward and backward passes, which leave nothing behind but the compiled kernels.
 
@@ -186,8 +196,7 @@ def fit(trainer: Any) -> None:
     groups = sorted(groups, key=lambda group: -group.num_tokens)
     longest = groups[0].num_tokens
     rows = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
-    capacity = trainer.sequence_capacity
-    step = rows * max(capacity, longest) if capacity else sum(group.num_tokens for group in groups[:rows])
+    step = largest_step([group.num_tokens for group in groups], rows, trainer.sequence_capacity)
     moments = moment_bytes(trainer.model, "8bit" in str(trainer.args.optim).lower())
     measure = CudaMeasure(trainer.model, groups, step, 0 if trainer.optimizer.state else moments)
     memory = measure.memory()
