@@ -1,20 +1,23 @@
-"""One measured training run in a process of its own, for throughput.py and scaling.py.
+"""Measured training runs in a process of their own, for throughput.py and scaling.py.
 
-    python benchmarks/one_run.py SPECIFICATION.json RESULT.json
+    python benchmarks/one_run.py SPECIFICATION.json RESULTS.json
 
-A process for each keeps the peers' patches of torch and transformers apart, and makes the peak of memory theirs.
+A process for each peer keeps their patches of torch and transformers apart. Ours does several methods in one, so that
+loading and compiling, the longest part of a short run, are done once.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["peer"] == "unsloth":
+if __name__ == "__main__" and json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))[0]["peer"] == "unsloth":
     import unsloth  # noqa: F401  # before the libraries that it patches
 
 import numpy as np
@@ -22,7 +25,8 @@ import torch
 import workload
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from arabic_qwen.data.loaders import GroupDataset
+from arabic_qwen.config import BaseConfig
+from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.data.packing import Group
 from arabic_qwen.errors import TrainingError
 from arabic_qwen.models.memory_limit import is_out_of_memory
@@ -124,34 +128,35 @@ def measure(trainer: Trainer, warmup: int, update_file: str | None = None) -> di
     }
 
 
-def ours(config: Any, groups: list[Group]) -> Trainer:
+def load(config: Any) -> BaseTrainer:
+    """The model with adapters, for :func:`ours`."""
+    loaded = BaseTrainer(config)
+    loaded.setup_lora()
+    return loaded
+
+
+def ours(loaded: BaseTrainer, config: Any, groups: list[Group]) -> Trainer:
+    """Our trainer on the model that is loaded: what was compiled for another method or length is used again."""
+    gc.collect()
+    torch.cuda.empty_cache()  # of an earlier trainer
+    vars(loaded.model).pop("forward", None)  # accelerate's, which the new trainer's would stand around
     trainer = BaseTrainer(config)
-    trainer.setup_model_and_tokenizer()
-    trainer.setup_lora()
+    trainer.model, trainer.tokenizer, trainer._start = loaded.model, loaded.tokenizer, loaded._start
     trainer.dataset = {"train": GroupDataset(groups)}
     return trainer.create_trainer(trainer.dataset, trainer.get_training_arguments(), [])
 
 
-def run(specification: dict[str, Any]) -> dict[str, Any]:
+def run(specification: dict[str, Any], loaded: BaseTrainer | None) -> dict[str, Any]:
     """Measure one run; memory that does not suffice is a result too."""
     args = argparse.Namespace(**specification["args"])
-    peer, total = specification["peer"], args.warmup + args.steps
-    config = workload.configuration(
-        specification["method"],
-        args,
-        f"{specification['folder']}/output",
-        max_steps=total,
-        per_device_train_batch_size=args.batch_size,
-        logging_steps=total,
-    )
-    groups = workload.load_groups(config, args)
+    config, groups = configured(specification)
     try:
-        if peer.startswith("ours"):
-            trainer = ours(config, groups)
+        if loaded:
+            trainer = ours(loaded, config, groups)
         else:
             import peers
 
-            create = peers.unsloth_peer if peer == "unsloth" else peers.trl_peer
+            create = peers.unsloth_peer if specification["peer"] == "unsloth" else peers.trl_peer
             trainer = create(config, workload.in_training_order(config, groups), specification)
         return measure(trainer, args.warmup, specification["update_file"])
     except (RuntimeError, TrainingError) as error:
@@ -160,6 +165,31 @@ def run(specification: dict[str, Any]) -> dict[str, Any]:
         return {"failed": OUT_OF_MEMORY}
 
 
+def configured(specification: dict[str, Any]) -> tuple[BaseConfig, list[Group]]:
+    """The run's configuration in our terms, and the examples of all its steps."""
+    args = argparse.Namespace(**specification["args"])
+    total = args.warmup + args.steps
+    config = workload.configuration(
+        specification["method"],
+        args,
+        f"{specification['folder']}/output",
+        max_steps=total,
+        per_device_train_batch_size=args.batch_size,
+        logging_steps=total,
+    )
+    return config, workload.load_groups(config, args)
+
+
+def run_all(specifications: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The results of runs of one peer."""
+    first = specifications[0]
+    loaded = load(configured(first)[0]) if first["peer"].startswith("ours") else None
+    for specification in specifications:
+        yield run(specification, loaded)
+
+
 if __name__ == "__main__":
-    specification = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    Path(sys.argv[2]).write_text(json.dumps(run(specification)), encoding="utf-8")
+    results = []
+    for result in run_all(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))):
+        results.append(result)
+        workload.write_json(sys.argv[2], results)

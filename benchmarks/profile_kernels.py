@@ -115,7 +115,7 @@ def record(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         per_device_train_batch_size=args.batch_size,
     )
     groups = workload.load_groups(config, args)
-    trainer = one_run.ours(config, groups)
+    trainer = one_run.ours(one_run.load(config), config, groups)
     recording = RecordStep(args.warmup)
     trainer.add_callback(recording)
     trainer.remove_callback(PrinterCallback)

@@ -13,18 +13,15 @@ result. workload.py says what useful tokens and MFU are.
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import tempfile
 from typing import Any, NamedTuple
 
 import numpy as np
 import one_run
-import torch
 import workload
 from matplotlib.figure import Figure
 
-from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.data.packing import Group
 from arabic_qwen.errors import TrainingError
 from arabic_qwen.training.base_trainer import BaseTrainer
@@ -76,7 +73,7 @@ def groups_of(point: Point, count: int, vocabulary: int) -> list[Group]:
 
 
 def measure(point: Point, loaded: BaseTrainer, args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """One point, on the model that is loaded: what was compiled for another length is used again."""
+    """One point, on the model that is loaded."""
     tokens = (point.prompt + point.completion) * point.completions
     rows, steps = max(1, args.tokens_per_step // tokens), args.warmup + args.steps
     config = workload.configuration(
@@ -90,21 +87,12 @@ def measure(point: Point, loaded: BaseTrainer, args: argparse.Namespace, folder:
     )
     shape = workload.model_config(args.model)
     groups = groups_of(point, rows * steps, shape.vocab_size)
-    trainer = BaseTrainer(config)
-    trainer.model, trainer.tokenizer, trainer._start = loaded.model, loaded.tokenizer, loaded._start
-    dataset = {"train": GroupDataset(groups)}
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     try:
-        engine = trainer.create_trainer(dataset, trainer.get_training_arguments(), [])
-        result = one_run.measure(engine, args.warmup)
+        result = one_run.measure(one_run.ours(loaded, config, groups), args.warmup)
     except (RuntimeError, TrainingError) as error:
         if not one_run.lacks_memory(error):
             raise
         return point._asdict() | {"failed": one_run.OUT_OF_MEMORY}
-    finally:
-        vars(loaded.model).pop("forward", None)  # accelerate's, or the next trainer's would stand around it
     timed = groups[: rows * args.steps]
     result["tokens_per_s"] = round(workload.useful_tokens(timed) / result["seconds"], 1)
     result["mfu"] = workload.mfu(workload.useful_flops(point.method, timed, shape, config.lora_r), result["seconds"])
@@ -164,8 +152,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.shape:
             args.model = workload.write_model(args.shape, folder)
-        loaded = BaseTrainer(workload.configuration("dpo", args, f"{folder}/output"))
-        loaded.setup_lora()
+        loaded = one_run.load(workload.configuration("dpo", args, f"{folder}/output"))
         for point in points(args):
             result = measure(point, loaded, args, folder)
             report["points"].append(result)

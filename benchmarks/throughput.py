@@ -7,15 +7,15 @@
 
 All train LoRA adapters (r=16, all linear layers, float32 masters, no dropout) from the same start with the same
 optimizer. Steps after the warm-up are timed; with them the reference pass of DPO, IPO and KTO, and KTO's mismatched
-completions. Every run is a process of its own. It fails when the loss is not finite or an adapter weight got no gradient.
-"ours-fp8" is ours with base_precision=fp8; --set gives further settings of ours (lora_r and lora_alpha of all). workload.py
-says what useful tokens and MFU are.
+completions. It fails when the loss is not finite or an adapter weight got no gradient. Every run of a peer is a process of
+its own; ours measures all methods in one, each with new adapters and a new optimizer. "ours-fp8" is ours with
+base_precision=fp8; --set gives further settings of ours (lora_r and lora_alpha of all). workload.py says what useful tokens
+and MFU are.
 
 --batch-size rows make an optimizer step. Peers take it in micro-batches of --micro-batch rows: padded, and for SFT
 padding-free (TRL 1.15 and 1.16 have switched it off for the others), each without gradient checkpointing, or with the
-smallest concession that makes it fit into memory: half as many rows, checkpointing, both, a quarter. Where liger_kernel is
-installed, TRL runs with it too. Unsloth runs without checkpointing and with its own kind. The fastest of a peer's runs
-counts. TRL's CPO takes pairs, so a row with K negatives is K pairs of a batch there: same loss, same gradient.
+smallest concession that makes it fit into memory: half as many rows, checkpointing, both, a quarter; Unsloth with its own
+kind of checkpointing. Where liger_kernel is installed, TRL runs with it too. The fastest of a peer's runs counts. TRL's CPO takes pairs, so a row with K negatives is K pairs of a batch there: same loss, same gradient.
 
 Two checks have limits, LARGEST_DIFFERENCE. What they can find:
 
@@ -45,7 +45,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def attempts(peer: str, method: str, micro_batch: int) -> list[list[dict[str, An
     if peer.startswith("ours"):
         return [[plain]]
     if peer == "unsloth":
-        return [[plain], [plain | {"checkpointing": True}]]
+        return [[plain, plain | {"checkpointing": True}]]
     halves = [rows for rows in (micro_batch // 2, micro_batch // 4) if rows]
     smaller = [plain, *(plain | {"micro_batch": rows} for rows in halves[:1]), plain | {"checkpointing": True}]
     smaller += [plain | {"micro_batch": rows, "checkpointing": True} for rows in halves]
@@ -87,32 +86,42 @@ def variant(peer: str, run: dict[str, Any]) -> str:
     return ", ".join(word for word in words if word)
 
 
-def in_own_process(specification: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """What one_run.py says of it, or why it says nothing."""
-    folder = Path(specification["folder"])
-    given, result, log = folder / "run.json", folder / "result.json", folder / "log.txt"
-    given.write_text(json.dumps(specification), encoding="utf-8")
-    result.unlink(missing_ok=True)
-    command = [sys.executable, str(Path(__file__).with_name("one_run.py")), str(given), str(result)]
+def in_own_process(runs: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
+    """What one_run.py says of each, or why it says nothing.
+
+    Args:
+        runs: specifications, of one peer.
+        seconds: limit for all together.
+    """
+    print(f"{runs[0]['peer']}: {', '.join(run['method'] for run in runs)} …", file=sys.stderr, flush=True)
+    folder = Path(runs[0]["folder"])
+    given, results, log = folder / "runs.json", folder / "results.json", folder / "log.txt"
+    given.write_text(json.dumps(runs), encoding="utf-8")
+    results.unlink(missing_ok=True)
+    command = [sys.executable, str(Path(__file__).with_name("one_run.py")), str(given), str(results)]
     # Unsloth writes code, into ./ otherwise, and asks the hub for statistics.
     environment = os.environ | {"UNSLOTH_COMPILE_LOCATION": f"{folder}/unsloth", "HF_HUB_OFFLINE": "1"}
-    start = time.perf_counter()
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+        late = False
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
-            return {"failed": f"not done after {seconds:.0f} s"}
+            late = True
         finally:
             if process.poll() is None:  # its compile workers too
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    if process.returncode == 0:
-        took = {"process_seconds": round(time.perf_counter() - start, 1)}
-        return json.loads(result.read_text(encoding="utf-8")) | took
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
-    print("\n".join(lines[-40:]), file=sys.stderr)
-    return {"failed": OUT_OF_MEMORY if OUT_OF_MEMORY in lines[-1] else lines[-1][:300]}
+    found = json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
+    if len(found) == len(runs):
+        return found
+    if late:
+        reason = f"not done after {seconds:.0f} s"
+    else:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
+        print("\n".join(lines[-40:]), file=sys.stderr)
+        reason = OUT_OF_MEMORY if OUT_OF_MEMORY in lines[-1] else lines[-1][:300]
+    return found + [{"failed": reason}] * (len(runs) - len(found))
 
 
 def compare(result: dict[str, Any], ours: dict[str, Any], files: dict[str, str] | None) -> None:
@@ -124,49 +133,23 @@ def compare(result: dict[str, Any], ours: dict[str, Any], files: dict[str, str] 
     result |= {f"{what}_difference": float(f"{difference:.3g}") for what, difference in differences.items()}
 
 
-def measure(
-    method: str,
-    peer: str,
-    run: dict[str, Any],
-    args: argparse.Namespace,
-    folder: str,
-    groups: list[Any],
-    ours: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """One run: its settings, and its speed, memory and loss, or why there are none.
-
-    Args:
-        groups: those of the timed steps.
-        ours: what was measured of ours.
-    """
-    name = {"method": method, "peer": peer, "variant": variant(peer, run)}
-    files = {"ours": f"{folder}/{method}.npy", "theirs": f"{folder}/theirs.npy"}
+def specification(method: str, peer: str, run: dict[str, Any], args: argparse.Namespace, folder: str) -> dict[str, Any]:
     settings = args.set
     if peer == "ours-fp8":
         settings = [*settings, "base_precision=fp8"]
     elif peer != "ours":
         settings = [pair for pair in settings if pair.startswith(("lora_r=", "lora_alpha="))]
-    specification = run | {
+    return run | {
         "method": method,
         "peer": peer,
         "folder": folder,
-        "update_file": files["ours" if peer == "ours" else "theirs"],
+        "update_file": update_file(folder, method, peer),
         "args": vars(args) | {"set": settings},
     }
-    print(" · ".join(name.values()), end=": ", file=sys.stderr, flush=True)
-    result = in_own_process(specification, args.seconds)
-    if "failed" not in result:
-        result["tokens_per_s"] = round(workload.useful_tokens(groups) / result["seconds"], 1)
-        rank = workload.configuration(method, args, folder).lora_r
-        flops = workload.useful_flops(method, groups, workload.model_config(args.model), rank)
-        result["mfu"] = workload.mfu(flops, result["seconds"])
-        whole_step = run["micro_batch"] == args.batch_size
-        if ours and peer == "ours-fp8":
-            compare(result, ours, None)
-        elif ours and (method not in ("kto", "cpo") or whole_step):
-            compare(result, ours, files)
-    print(result.get("failed") or f"{result['tokens_per_s']:,} tokens/s, {result['peak_gb']} GB", file=sys.stderr)
-    return name | result
+
+
+def update_file(folder: str, method: str, peer: str) -> str:
+    return f"{folder}/{method if peer == 'ours' else 'theirs'}.npy"
 
 
 def timed_groups(method: str, args: argparse.Namespace, folder: str) -> list[Any]:
@@ -175,24 +158,71 @@ def timed_groups(method: str, args: argparse.Namespace, folder: str) -> list[Any
     return groups[args.warmup * args.batch_size :]
 
 
-def measure_all(report: dict[str, Any], args: argparse.Namespace, folder: str) -> None:
-    """Adds the runs to the report, one after the other, and writes it after each."""
+class Report:
+    """The runs that were measured, by method and peer; written after each.
+
+    Args:
+        head: what the written report says of the machine and the settings.
+        folder: where updates are kept while they are compared.
+    """
+
+    def __init__(self, head: dict[str, Any], args: argparse.Namespace, folder: str):
+        self.head, self.args, self.folder = head, args, folder
+        self.runs: list[dict[str, Any]] = []
+
+    def add(self, run: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+        """A run's specification and result: adds speed, and how far it is from ours."""
+        method, peer = run["method"], run["peer"]
+        entry = {"method": method, "peer": peer, "variant": variant(peer, run), **result}
+        if "failed" not in result:
+            groups = timed_groups(method, self.args, self.folder)
+            entry["tokens_per_s"] = round(workload.useful_tokens(groups) / result["seconds"], 1)
+            rank = workload.configuration(method, self.args, self.folder).lora_r
+            flops = workload.useful_flops(method, groups, workload.model_config(self.args.model), rank)
+            entry["mfu"] = workload.mfu(flops, result["seconds"])
+            self._compare(entry, run)
+        said = entry.get("failed") or f"{entry['tokens_per_s']:,} tokens/s, {entry['peak_gb']} GB"
+        print(f"{method} · {peer} · {entry['variant']}: {said}", file=sys.stderr, flush=True)
+        self.runs.append(entry)
+        self.runs.sort(key=lambda run: (self.args.methods.index(run["method"]), self.args.peers.index(run["peer"])))
+        workload.write_json(self.args.json, self.whole())
+        return entry
+
+    def _compare(self, entry: dict[str, Any], run: dict[str, Any]) -> None:
+        method, peer = run["method"], run["peer"]
+        ours = [r for r in self.runs if (r["method"], r["peer"]) == (method, "ours") and "failed" not in r]
+        if peer == "ours" or not ours:
+            return
+        if peer == "ours-fp8":
+            compare(entry, ours[0], None)
+        elif method not in ("kto", "cpo") or run["micro_batch"] == self.args.batch_size:
+            files = {"ours": update_file(self.folder, method, "ours"), "theirs": run["update_file"]}
+            compare(entry, ours[0], files)
+
+    def whole(self) -> dict[str, Any]:
+        found = summary(self.runs)
+        alone = found[self.args.methods[0]] if len(self.args.methods) == 1 else {}
+        return {**self.head, "runs": self.runs, "summary": found, **alone}
+
+
+def measure_all(report: Report) -> None:
+    """Ours first, all methods in one process; then each run of the others in one of its own."""
+    args = report.args
+    for peer in (peer for peer in args.peers if peer.startswith("ours")):
+        plain = attempts(peer, "", args.micro_batch)[0][0]
+        runs = [specification(method, peer, plain, args, report.folder) for method in args.methods]
+        for run, result in zip(runs, in_own_process(runs, args.seconds * len(runs)), strict=True):
+            report.add(run, result)
     for method in args.methods:
-        groups, ours = timed_groups(method, args, folder), None
-        for peer in args.peers:
-            if peer == "unsloth" and not importlib.util.find_spec("unsloth"):
-                report["runs"].append({"method": method, "peer": peer, "variant": "", "failed": "not installed"})
-                continue
+        for peer in (peer for peer in args.peers if not peer.startswith("ours")):
             for tries in attempts(peer, method, args.micro_batch):
-                for run in tries:
-                    if args.only and args.only not in variant(peer, run) and not peer.startswith("ours"):
+                for settings in tries:
+                    if args.only and args.only not in variant(peer, settings):
                         continue
-                    result = measure(method, peer, run, args, folder, groups, ours)
-                    if peer == "ours" and "failed" not in result:
-                        ours = result
-                    report["runs"].append(result)
-                    workload.write_json(args.json, report | {"summary": summary(report["runs"])})
-                    if result.get("failed") != OUT_OF_MEMORY:
+                    run = specification(method, peer, settings, args, report.folder)
+                    installed = peer != "unsloth" or importlib.util.find_spec("unsloth")
+                    result = in_own_process([run], args.seconds)[0] if installed else {"failed": "not installed"}
+                    if report.add(run, result).get("failed") != OUT_OF_MEMORY:
                         break
 
 
@@ -278,17 +308,14 @@ def main() -> int:
     args = arguments()
     dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     settings = {k: v for k, v in vars(args).items() if k not in ("json", "seconds", "methods", "peers")}
-    report: dict[str, Any] = workload.machine() | {"dtype": dtype, "settings": settings, "runs": []}
     with tempfile.TemporaryDirectory() as folder:
         if args.shape:
             args.model = workload.write_model(args.shape, folder)
-        measure_all(report, args, folder)
-    report["summary"] = summary(report["runs"])
-    if len(args.methods) == 1:
-        report |= report["summary"][args.methods[0]]
-    workload.write_json(args.json, report)
-    print(json.dumps(report, indent=2) if args.json == "-" else f"{report['device']}, {dtype}\n\n{table(report)}")
-    found = problems(report["runs"], dtype)
+        report = Report(workload.machine() | {"dtype": dtype, "settings": settings}, args, folder)
+        measure_all(report)
+    whole = report.whole()
+    print(json.dumps(whole, indent=2) if args.json == "-" else f"{whole['device']}, {dtype}\n\n{table(whole)}")
+    found = problems(report.runs, dtype)
     print("\n".join(found), file=sys.stderr)
     return bool(found)
 

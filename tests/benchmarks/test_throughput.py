@@ -34,26 +34,30 @@ def specification(method, peer, folder, **run):
     }  # fmt: skip
 
 
+def run_alone(run):
+    import one_run
+
+    return next(one_run.run_all([run]))
+
+
 @pytest.mark.parametrize("method", ["sft", "dpo", "ipo", "kto", "cpo", "simpo"])
 def test_ours_and_trl_make_the_same_update(method, tmp_path):
-    import one_run
     import throughput
 
     variants = [{"micro_batch": 1, "checkpointing": True}] if method in ("dpo", "simpo") else [{}]
     if method == "sft":
         variants.append({"padding_free": True})
-    ours = one_run.run(specification(method, "ours", tmp_path))
+    ours = run_alone(specification(method, "ours", tmp_path))
     assert ours["seconds"] > 0 and ours["peak_gb"] > 0 and ours["compiled_while_timed"] == 0
     assert ours["mean_loss"] == pytest.approx(sum(ours["losses"]) / 2, abs=1e-5)
     for variant in variants:
-        theirs = one_run.run(specification(method, "trl", tmp_path, **variant))
+        theirs = run_alone(specification(method, "trl", tmp_path, **variant))
         assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-3)
         throughput.compare(theirs, ours, {"ours": f"{tmp_path}/ours.npy", "theirs": f"{tmp_path}/trl.npy"})
         assert theirs["update_difference"] < 1e-2 and theirs["loss_difference"] < 1e-3
 
 
 def test_padding_free_that_trl_ignores_is_no_variant(monkeypatch, tmp_path):
-    import one_run
     import throughput
 
     names = {
@@ -62,7 +66,7 @@ def test_padding_free_that_trl_ignores_is_no_variant(monkeypatch, tmp_path):
     }
     assert names == {"sft": ["padded, batch 8", "padding-free, batch 8"], "dpo": ["padded, batch 8"]}
     with pytest.raises(AssertionError, match="TRL pads"):
-        one_run.run(specification("dpo", "trl", tmp_path, padding_free=True))
+        run_alone(specification("dpo", "trl", tmp_path, padding_free=True))
     monkeypatch.setattr(throughput.importlib.util, "find_spec", lambda name: name == "liger_kernel")
     kinds = [throughput.variant("trl", tries[0]) for tries in throughput.attempts("trl", "dpo", 8)]
     assert kinds == ["padded, batch 8", "padded, batch 8, Liger"]
@@ -83,7 +87,7 @@ def test_memory_that_does_not_suffice_is_a_result(monkeypatch, tmp_path, error):
         raise error
 
     monkeypatch.setattr(one_run, "measure", train)
-    assert one_run.run(specification("sft", "ours", tmp_path)) == {"failed": "out of memory"}
+    assert run_alone(specification("sft", "ours", tmp_path)) == {"failed": "out of memory"}
 
 
 def test_errors_are_not_taken_for_memory(monkeypatch, tmp_path):
@@ -94,7 +98,7 @@ def test_errors_are_not_taken_for_memory(monkeypatch, tmp_path):
 
     monkeypatch.setattr(one_run, "measure", train)
     with pytest.raises(TrainingError, match="not finite"):
-        one_run.run(specification("sft", "ours", tmp_path))
+        run_alone(specification("sft", "ours", tmp_path))
 
 
 def test_the_peak_is_that_of_the_timed_steps(monkeypatch, tmp_path):
@@ -114,24 +118,24 @@ def test_the_peak_is_that_of_the_timed_steps(monkeypatch, tmp_path):
 def test_the_smallest_concession_that_fits_is_found(monkeypatch, tmp_path):
     import throughput
 
-    def fits(run, seconds):
-        speed = {"mean_loss": 1.0, "peak_gb": 1.0, "seconds": 4 - run["padding_free"]}
-        return speed if run["checkpointing"] else {"failed": throughput.OUT_OF_MEMORY}
+    def fits(runs, seconds):
+        speed = {"mean_loss": 1.0, "peak_gb": 1.0, "seconds": 4 - runs[0]["padding_free"]}
+        return [speed if runs[0]["checkpointing"] else {"failed": throughput.OUT_OF_MEMORY}]
 
     monkeypatch.setattr(throughput, "in_own_process", fits)
     path = tmp_path / "report.json"
     args = argparse.Namespace(**ARGUMENTS | {"methods": ["sft"], "peers": ["trl"], "micro_batch": 2, "json": str(path)})
-    report = {"runs": []}
-    throughput.measure_all(report, args, str(tmp_path))
-    assert [run["variant"] for run in report["runs"] if "failed" not in run] == [
+    report = throughput.Report({}, args, str(tmp_path))
+    throughput.measure_all(report)
+    assert [run["variant"] for run in report.runs if "failed" not in run] == [
         "padded, batch 2, checkpointing",
         "padding-free, batch 2, checkpointing",
     ]
-    assert len(report["runs"]) == 6
-    best = throughput.summary(report["runs"])["sft"]
+    assert len(report.runs) == 6
+    best = report.whole()["summary"]["sft"]
     assert best["trl_configuration"] == "padding-free, batch 2, checkpointing"
-    assert json.loads(path.read_text())["runs"] == report["runs"]  # written as it went
-    table = throughput.table(report | {"summary": {"sft": best}})
+    assert json.loads(path.read_text()) == report.whole()
+    table = throughput.table(report.whole())
     assert table.count("out of memory") == 4 and table.count("\n") == 7
 
 
@@ -160,44 +164,60 @@ def test_runs_are_compared_with_ours(monkeypatch, tmp_path):
 
     given = []
 
-    def measured(run, seconds):
-        given.append((run["peer"], run["args"]["set"]))
-        np.save(run["update_file"], np.array([1.0, 0.0]) if run["peer"] == "ours" else np.array([1.0, 0.1]))
-        return {"mean_loss": 1.1 if run["peer"] == "ours-fp8" else 1.0, "peak_gb": 1.0, "seconds": 1.0}
+    def measured(runs, seconds):
+        peer = runs[0]["peer"]
+        given.append((peer, [run["method"] for run in runs], runs[0]["args"]["set"], seconds))
+        for run in runs:
+            np.save(run["update_file"], np.array([1.0, 0.0]) if peer == "ours" else np.array([1.0, 0.1]))
+        return [{"mean_loss": 1.1 if peer == "ours-fp8" else 1.0, "peak_gb": 1.0, "seconds": 1.0} for _ in runs]
 
     monkeypatch.setattr(throughput, "in_own_process", measured)
     options = {"methods": ["kto", "dpo"], "peers": ["ours", "ours-fp8", "trl"], "micro_batch": 1}
     options["set"] = ["lora_r=8", "use_flash_attention=false"]
-    report = {"runs": []}
-    throughput.measure_all(report, argparse.Namespace(**ARGUMENTS | options), str(tmp_path))
-    assert given[:3] == [
-        ("ours", options["set"]),
-        ("ours-fp8", [*options["set"], "base_precision=fp8"]),
-        ("trl", ["lora_r=8"]),
+    report = throughput.Report({}, argparse.Namespace(**ARGUMENTS | options), str(tmp_path))
+    throughput.measure_all(report)
+    assert given == [
+        ("ours", ["kto", "dpo"], options["set"], 120.0),
+        ("ours-fp8", ["kto", "dpo"], [*options["set"], "base_precision=fp8"], 120.0),
+        ("trl", ["kto"], ["lora_r=8"], 60.0),
+        ("trl", ["dpo"], ["lora_r=8"], 60.0),
     ]
-    found = [(run.get("loss_difference"), run.get("update_difference")) for run in report["runs"]]
+    assert [run["peer"] for run in report.runs] == [*options["peers"], *options["peers"]]
+    found = [(run.get("loss_difference"), run.get("update_difference")) for run in report.runs]
     # TRL's KTO is another in micro-batches
     assert found == [(None, None), (0.1, None), (None, None), (None, None), (0.1, None), (0.0, 0.0995)]
-    best = throughput.summary(report["runs"])["dpo"]
+    best = report.whole()["summary"]["dpo"]
     assert best["ours_fp8_configuration"] == "packed" and not [key for key in best if "-" in key]
 
 
-def test_a_run_that_fails_or_takes_too_long_is_a_row(tmp_path):
+def test_runs_that_fail_or_take_too_long_are_rows(tmp_path):
     import throughput
 
-    assert throughput.in_own_process({"folder": str(tmp_path)}, 60) == {"failed": "KeyError: 'peer'"}
-    assert throughput.in_own_process({"folder": str(tmp_path)}, 0.001) == {"failed": "not done after 0 s"}
+    good = specification("dpo", "ours", tmp_path)
+    bad = good | {"method": "sft", "args": ARGUMENTS | {"set": ["lora_r=zero"]}}
+    done, failed, not_begun = throughput.in_own_process([good, bad, good], 100)
+    assert done["seconds"] > 0
+    assert "lora_r" in failed["failed"] and failed == not_begun
+    assert throughput.in_own_process([good, good], 0.001) == [{"failed": "not done after 0 s"}] * 2
+
+
+def test_methods_in_one_process_are_as_alone(tmp_path):
+    import one_run
+
+    runs = [specification(method, "ours", tmp_path) for method in ("dpo", "sft", "dpo")]
+    first, other, again = one_run.run_all(runs)
+    assert first["losses"] == again["losses"] != other["losses"]
+    assert other["losses"] == run_alone(runs[1])["losses"]
 
 
 def test_a_model_of_a_shape_trains(monkeypatch, tmp_path):
-    import one_run
     import workload
 
     monkeypatch.setitem(workload.SHAPES, "0.5b", (16, 32, 2, 2, 1, 7000, True))
     model = workload.write_model("0.5b", str(tmp_path))
     assert workload.model_config(model).vocab_size == 7000  # more than the tokenizer has
     run = specification("sft", "ours", tmp_path)
-    assert one_run.run(run | {"args": ARGUMENTS | {"model": model}})["seconds"] > 0
+    assert run_alone(run | {"args": ARGUMENTS | {"model": model}})["seconds"] > 0
 
 
 def test_useful_flops_are_those_of_a_count_by_hand():
