@@ -139,7 +139,6 @@ def ours(loaded: BaseTrainer, config: Any, groups: list[Group]) -> Trainer:
     """Our trainer on the model that is loaded: what was compiled for another method or length is used again."""
     gc.collect()
     torch.cuda.empty_cache()  # of an earlier trainer
-    vars(loaded.model).pop("forward", None)  # accelerate's, which the new trainer's would stand around
     trainer = BaseTrainer(config)
     trainer.model, trainer.tokenizer, trainer._start = loaded.model, loaded.tokenizer, loaded._start
     trainer.dataset = {"train": GroupDataset(groups)}

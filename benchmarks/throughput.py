@@ -23,10 +23,11 @@ Two checks have limits, LARGEST_DIFFERENCE. What they can find:
   vector. In float32 rounding makes it 1e-3 at most, and another order of the rows 0.25 or more: it finds any rows, masks,
   losses or optimizer steps that are not the same. In bfloat16 rounding makes it up to 0.35, so that it finds only updates
   that have little in common; run once in float32, with a small model, to know that the work is the same.
-- `loss_difference`, of the peers and of ours-fp8: |theirs − ours| / |ours| of the mean loss over all steps. It finds
-  another loss, scale or average, and in bfloat16 a base that is computed wrongly. It is blind to the order of the rows
-  within a step, and in DPO to nearly everything in the first step, which is log 2 for all. Steps of few pairs differ by
-  rounding: two pairs in bfloat16 by nearly the limit. `losses` has each step.
+- `loss_difference`, of the peers: |theirs − ours| / |ours| of the mean loss over all steps. It finds another loss, scale or
+  average. It is blind to the order of the rows within a step, and in DPO to nearly everything in the first step, which is
+  log 2 for all. Steps of few pairs differ by rounding: two pairs in bfloat16 by nearly the limit. Of ours-fp8 it is that
+  of the first step, before anything is learned: it finds a base that is computed wrongly, and in DPO policy and reference
+  that differ. What FP8 does to what is learned, fp8_quality.py says, on a real model. `losses` has each step.
 
 TRL estimates KTO's divergence and averages CPO's likelihood term by micro-batch, so these two are compared with it only
 where a step is one. What was compiled while the clock ran is a problem too: the warm-up was too short.
@@ -125,11 +126,16 @@ def in_own_process(runs: list[dict[str, Any]], seconds: float) -> list[dict[str,
 
 
 def compare(result: dict[str, Any], ours: dict[str, Any], files: dict[str, str] | None) -> None:
-    """Adds how far this run and ours are apart: in mean loss, and where there are files, in what was learned."""
-    differences = {"loss": abs(result["mean_loss"] - ours["mean_loss"]) / abs(ours["mean_loss"])}
+    """Adds how far this run and ours are apart.
+
+    Args:
+        files: what both learned, for a run that should do the same; None: an FP8 base, held to ours in the first step only.
+    """
+    loss, our_loss = (np.mean(run["losses"] if files else run["losses"][:1]) for run in (result, ours))
+    differences = {"loss": abs(loss - our_loss) / abs(our_loss)}
     if files:
         our_update, update = np.load(files["ours"]), np.load(files["theirs"])
-        differences["update"] = float(np.linalg.norm(our_update - update) / np.linalg.norm(update))
+        differences["update"] = np.linalg.norm(our_update - update) / np.linalg.norm(update)
     result |= {f"{what}_difference": float(f"{difference:.3g}") for what, difference in differences.items()}
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from arabic_qwen.errors import TrainingError
+from arabic_qwen.models.precision import device_has_bf16
 from tests.benchmarks.conftest import BENCHMARKS
 
 ARGUMENTS = {
@@ -119,7 +120,7 @@ def test_the_smallest_concession_that_fits_is_found(monkeypatch, tmp_path):
     import throughput
 
     def fits(runs, seconds):
-        speed = {"mean_loss": 1.0, "peak_gb": 1.0, "seconds": 4 - runs[0]["padding_free"]}
+        speed = {"losses": [1.0], "mean_loss": 1.0, "peak_gb": 1.0, "seconds": 4 - runs[0]["padding_free"]}
         return [speed if runs[0]["checkpointing"] else {"failed": throughput.OUT_OF_MEMORY}]
 
     monkeypatch.setattr(throughput, "in_own_process", fits)
@@ -169,7 +170,8 @@ def test_runs_are_compared_with_ours(monkeypatch, tmp_path):
         given.append((peer, [run["method"] for run in runs], runs[0]["args"]["set"], seconds))
         for run in runs:
             np.save(run["update_file"], np.array([1.0, 0.0]) if peer == "ours" else np.array([1.0, 0.1]))
-        return [{"mean_loss": 1.1 if peer == "ours-fp8" else 1.0, "peak_gb": 1.0, "seconds": 1.0} for _ in runs]
+        losses = [1.1, 5.0] if peer == "ours-fp8" else [1.0, 1.0]
+        return [{"losses": losses, "peak_gb": 1.0, "seconds": 1.0} for _ in runs]
 
     monkeypatch.setattr(throughput, "in_own_process", measured)
     options = {"methods": ["kto", "dpo"], "peers": ["ours", "ours-fp8", "trl"], "micro_batch": 1}
@@ -201,10 +203,14 @@ def test_runs_that_fail_or_take_too_long_are_rows(tmp_path):
     assert throughput.in_own_process([good, good], 0.001) == [{"failed": "not done after 0 s"}] * 2
 
 
-def test_methods_in_one_process_are_as_alone(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_methods_in_one_process_are_as_alone(tmp_path, dtype):
     import one_run
 
+    if dtype == "bfloat16" and not device_has_bf16():
+        pytest.skip("needs a device with bfloat16")
     runs = [specification(method, "ours", tmp_path) for method in ("dpo", "sft", "dpo")]
+    runs = [run | {"args": ARGUMENTS | {"dtype": dtype}} for run in runs]
     first, other, again = one_run.run_all(runs)
     assert first["losses"] == again["losses"] != other["losses"]
     assert other["losses"] == run_alone(runs[1])["losses"]
