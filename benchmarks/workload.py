@@ -32,7 +32,7 @@ from arabic_qwen.config import METHOD_CONFIGS, BaseConfig
 from arabic_qwen.data.packing import Completion, Group
 from arabic_qwen.models.loading import load_tokenizer
 from arabic_qwen.models.sources import EMBEDDED_MODEL, resolve_model_name
-from arabic_qwen.plan_gpus import gpu_named
+from arabic_qwen.plan.gpus import gpu_named
 from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.sampler import Sequences, StepSampler
 

@@ -21,19 +21,7 @@ LAYERS = [
     {"config", "text", "losses", "terminal"},
     {"data", "models"},
     {"audit", "evaluation", "training"},
-    {
-        "chat",
-        "comparison",
-        "doctor",
-        "dry_run",
-        "plan",
-        "plan_advice",
-        "plan_checks",
-        "plan_data",
-        "plan_gpus",
-        "quickstart",
-    },
-    {"plan_tables"},
+    {"chat", "comparison", "doctor", "dry_run", "plan", "quickstart"},
     {"cli", "cli_data", "studio", "__main__"},
 ]
 

@@ -8,12 +8,11 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from arabic_qwen import plan as planning
-from arabic_qwen import plan_gpus, plan_tables
 from arabic_qwen.config import METHOD_CONFIGS, DPOConfig, SFTConfig
 from arabic_qwen.errors import ConfigurationError, DatasetError, ModelLoadError
 from arabic_qwen.models.adapters import add_lora
-from arabic_qwen.plan_data import Mix
+from arabic_qwen.plan import estimate, gpus, tables
+from arabic_qwen.plan.data import Mix
 from arabic_qwen.training.base_trainer import BaseTrainer
 from tests.test_cli import in_process
 from tests.test_dry_run import config_for
@@ -51,8 +50,8 @@ def on(plan):
 
 @pytest.mark.parametrize("method", METHOD_CONFIGS)
 def test_every_method(model_dir, method):
-    found = planning.plan(config_for(method, model_dir))
-    assert [device.name for device in found.devices[1:]] == list(planning.SHOWN)
+    found = estimate.plan(config_for(method, model_dir))
+    assert [device.name for device in found.devices[1:]] == list(estimate.SHOWN)
     assert found.mix.steps
     assert all(device.fits for device in found.devices)
     assert all(device.tokens_per_s is None for device in found.devices)  # float32, of which no speed is known
@@ -62,7 +61,7 @@ def test_steps_are_those_of_the_run(model_dir, sft_file, tmp_path):
     values = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "packing": False}
     values |= {"validation_split": 0.2, "evaluation_strategy": "no", "load_best_model_at_end": False}
     config = config_for("sft", model_dir, dataset_path=str(sft_file), output_dir=str(tmp_path / "run"), **values)
-    mix = planning.plan(config).mix
+    mix = estimate.plan(config).mix
     assert not (tmp_path / "run").exists()
     trainer = BaseTrainer(config)
     trainer.train()
@@ -73,16 +72,16 @@ def test_steps_are_those_of_the_run(model_dir, sft_file, tmp_path):
 
 
 def test_a_run_of_several_billion_parameters(seven):
-    devices = on(planning.plan(pairs(seven)))
+    devices = on(estimate.plan(pairs(seven)))
     small, large = devices["RTX 3060"], devices["H100 80GB"]
     assert large.fits and large.fit.token_budget == 8192 and large.fit.recomputed < 10
     assert not small.fits
     assert [(change.setting, change.fits) for change in small.changes] == [("load_in_4bit=true", True)]
     assert small.changes[0].saved == pytest.approx(9.7e9, rel=0.02)
     assert devices["RTX 4090"].fit.recomputed > 20
-    quantized = on(planning.plan(pairs(seven, load_in_4bit=True), ["3060"]))["RTX 3060"]
+    quantized = on(estimate.plan(pairs(seven, load_in_4bit=True), ["3060"]))["RTX 3060"]
     assert quantized.fits and quantized.fit.token_budget == 8192
-    whole = on(planning.plan(pairs(seven, use_lora=False)))["H100 80GB"]
+    whole = on(estimate.plan(pairs(seven, use_lora=False)))["H100 80GB"]
     assert [(change.setting, change.fits) for change in whole.changes] == [
         ("use_lora=true", True)
     ]  # and nothing needless
@@ -91,7 +90,7 @@ def test_a_run_of_several_billion_parameters(seven):
 
 def test_speed_is_what_was_measured(seven):
     """DPO on an H100, compiled: 15,696 tokens/s where a prompt counts for each of its answers."""
-    found = planning.plan(pairs(seven))
+    found = estimate.plan(pairs(seven))
     useful = 2 * (250 + 305) / found.mix.tokens
     assert on(found)["H100 80GB"].tokens_per_s * useful == pytest.approx(15_696, rel=0.05)
 
@@ -102,13 +101,13 @@ def _pass_of_reference(seven):
     tokens, targets, pairs = 250 + 2 * 305, 2 * 305, 250**2 / 2 + 2 * 305 * (250 + 305 / 2)
     adapters = 40_370_176
     operations = 2 * (weights + adapters) * tokens + 4 * 28 * 3584 * pairs + 2 * head * targets
-    gpu = planning.GPUS["H100 80GB"]
+    gpu = gpus.GPUS["H100 80GB"]
     return 1e6 / tokens * operations / (gpu.peak * gpu.share)
 
 
 def test_recomputing_and_a_reference_take_time(seven):
     def seconds(config):
-        return on(planning.plan(config, ["H100"]))["H100 80GB"].seconds
+        return on(estimate.plan(config, ["H100"]))["H100 80GB"].seconds
 
     assert seconds(pairs(seven)) < seconds(pairs(seven, gradient_checkpointing=True))
     once, thrice = ({"num_train_epochs": epochs} for epochs in (1, 3))
@@ -125,18 +124,18 @@ def test_a_reference_by_name(seven, tmp_path):
     sizes |= {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}
     (small / "config.json").write_text(json.dumps(SEVEN | sizes))
 
-    def estimate(**values):
-        return on(planning.plan(pairs(seven, **values), ["H200"]))["H200"]
+    def on_h200(**values):
+        return on(estimate.plan(pairs(seven, **values), ["H200"]))["H200"]
 
     whole = {"use_lora": False, "max_seq_length": 512, "optim": "adamw_8bit"}
-    assert estimate(**whole, ref_model_name=str(small)).parts.reference == pytest.approx(2 * 0.494e9, rel=0.01)
-    assert estimate(**whole).parts.reference == pytest.approx(4 * 7.616e9, rel=0.01)
-    assert estimate().parts.reference == 0
-    biases = estimate(lora_bias="all")
+    assert on_h200(**whole, ref_model_name=str(small)).parts.reference == pytest.approx(2 * 0.494e9, rel=0.01)
+    assert on_h200(**whole).parts.reference == pytest.approx(4 * 7.616e9, rel=0.01)
+    assert on_h200().parts.reference == 0
+    biases = on_h200(lora_bias="all")
     assert biases.parts.reference == pytest.approx(2 * 7.616e9, rel=0.01)
-    with_small = estimate(ref_model_name=str(small))
+    with_small = on_h200(ref_model_name=str(small))
     assert with_small.parts.reference == pytest.approx(2 * 0.494e9, rel=0.01)
-    assert with_small.seconds < 0.8 * estimate().seconds
+    assert with_small.seconds < 0.8 * on_h200().seconds
 
 
 def test_a_run_that_goes_on_from_adapters(model_dir, tmp_path):
@@ -146,19 +145,19 @@ def test_a_run_that_goes_on_from_adapters(model_dir, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     trained = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     biases = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias"))
-    later = planning.plan(config_for("dpo", tmp_path / "adapter", lora_r=64, lora_dropout=0.5), ["H100"])
+    later = estimate.plan(config_for("dpo", tmp_path / "adapter", lora_r=64, lora_dropout=0.5), ["H100"])
     assert later.shape.adapters == trained + biases
     assert later.devices[1].parts.reference > 0  # for their biases are trained
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelLoadError, match="safetensors is missing"):
-        planning.plan(config_for("dpo", tmp_path / "adapter"), ["H100"])
+        estimate.plan(config_for("dpo", tmp_path / "adapter"), ["H100"])
 
 
 def test_advice_does_not_change_adapters_that_are_there(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setitem(planning.GPUS, "small", plan_gpus.Gpu(0.51e9, 1e14, 0.5, (9, 0)))
+    monkeypatch.setitem(gpus.GPUS, "small", gpus.Gpu(0.51e9, 1e14, 0.5, (9, 0)))
     config = config_for("sft", model_dir, lora_r=32)
     add_lora(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(tmp_path / "adapter")
-    here = planning.plan(config_for("sft", tmp_path / "adapter", token_budget=2000), ["small"])
+    here = estimate.plan(config_for("sft", tmp_path / "adapter", token_budget=2000), ["small"])
     settings = [change.setting for change in on(here)["small"].changes]
     assert "token_budget=null" in settings and "lora_r=8" not in settings
 
@@ -166,11 +165,11 @@ def test_advice_does_not_change_adapters_that_are_there(model_dir, tmp_path, mon
 def test_what_is_not_compiled(seven):
     """Float32 has no flash attention, which compiled layers need; nor has a GPU before Ampere."""
     values = {"max_seq_length": 8192, "gradient_checkpointing": False, "token_budget": 8192}
-    eager = on(planning.plan(pairs(seven, torch_dtype="float32", **values), ["H200"]))["H200"]
-    also = on(planning.plan(pairs(seven, torch_dtype="float32", torch_compile=False, **values), ["H200"]))["H200"]
+    eager = on(estimate.plan(pairs(seven, torch_dtype="float32", **values), ["H200"]))["H200"]
+    also = on(estimate.plan(pairs(seven, torch_dtype="float32", torch_compile=False, **values), ["H200"]))["H200"]
     assert eager.parts == also.parts
-    sdpa = on(planning.plan(pairs(seven, use_flash_attention=False, **values), ["H200"]))["H200"]
-    flash = on(planning.plan(pairs(seven, **values), ["H200"]))["H200"]
+    sdpa = on(estimate.plan(pairs(seven, use_flash_attention=False, **values), ["H200"]))["H200"]
+    flash = on(estimate.plan(pairs(seven, **values), ["H200"]))["H200"]
     assert flash.parts.activations < 0.8 * sdpa.parts.activations
 
 
@@ -181,10 +180,10 @@ def test_this_gpu_is_what_it_is(seven, monkeypatch):
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda *a: (15.6e9, 15.8e9))
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *a: (7, 5))
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: False)
-    here = planning.plan(pairs(seven, load_in_4bit=True, torch_dtype="auto"), ["H100"]).devices[0]
+    here = estimate.plan(pairs(seven, load_in_4bit=True, torch_dtype="auto"), ["H100"]).devices[0]
     assert here.name == "this Tesla T4" and here.limit == pytest.approx(0.92 * 15.3e9)
     assert here.fits and here.tokens_per_s is None
-    refused = planning.plan(pairs(seven, load_in_4bit=True, torch_dtype="auto", torch_compile=True), ["H100"])
+    refused = estimate.plan(pairs(seven, load_in_4bit=True, torch_dtype="auto", torch_compile=True), ["H100"])
     assert refused.devices[0].refusal.startswith("torch_compile: needs a GPU with flash attention")
     assert not refused.devices[1].refusal
 
@@ -200,34 +199,34 @@ def test_this_gpu_is_what_it_is(seven, monkeypatch):
 )
 def test_what_every_device_refuses_is_an_error(model_dir, values, reason):
     with pytest.raises(ConfigurationError, match=reason):
-        planning.plan(config_for("sft", model_dir, **values))
+        estimate.plan(config_for("sft", model_dir, **values))
 
 
 def test_sliding_windows_are_refused(seven):
     sliding = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 2}
     (seven / "config.json").write_text(json.dumps(SEVEN | sliding))
     with pytest.raises(ModelLoadError, match="seven: has attention layers other than full attention"):
-        planning.plan(pairs(seven))
+        estimate.plan(pairs(seven))
 
 
 def test_lengths_that_are_advised_cut_something(seven, monkeypatch):
     """Examples of up to 5,421 tokens: a limit of 8,192 would change nothing."""
     mix = Mix(900, 600, 1e6, gathered=0, longest=5421, completions=1, step=21684, epochs=3)
-    monkeypatch.setattr(planning, "mix_of", lambda config: mix)
+    monkeypatch.setattr(estimate, "mix_of", lambda config: mix)
     config = SFTConfig(model_name=str(seven), max_seq_length=16384, load_in_4bit=True, lora_r=8)
     for memory, advised in ((8.6e9, "max_seq_length=4096"), (8.0e9, "max_seq_length=2048")):
-        monkeypatch.setitem(planning.GPUS, "small", plan_gpus.Gpu(memory, 1e14, 0.5, (9, 0)))
-        small = on(planning.plan(config, ["small"]))["small"]
+        monkeypatch.setitem(gpus.GPUS, "small", gpus.Gpu(memory, 1e14, 0.5, (9, 0)))
+        small = on(estimate.plan(config, ["small"]))["small"]
         assert [(change.setting, change.fits) for change in small.changes] == [(advised, True)]
 
 
 def test_assumed_lengths(model_dir):
     """Each completion of a shared prompt sees the prompt's keys again; a mix that is assumed says how many there are."""
-    mix = planning.plan(config_for("cpo", model_dir, dataset_path="none.jsonl")).mix
+    mix = estimate.plan(config_for("cpo", model_dir, dataset_path="none.jsonl")).mix
     assert mix.completions == 2 and mix.gathered == 2 * 250
     assert "prompts of 250 tokens, two answers (a chosen and one rejected) of 256" in mix.note
-    assert planning.plan(config_for("sft", model_dir, dataset_path="none.jsonl")).mix.gathered == 0
-    measured = planning.plan(config_for("dpo", model_dir)).mix
+    assert estimate.plan(config_for("sft", model_dir, dataset_path="none.jsonl")).mix.gathered == 0
+    measured = estimate.plan(config_for("dpo", model_dir)).mix
     assert measured.completions == 2 and 0 < measured.gathered < 2 * measured.tokens
 
 
@@ -251,8 +250,8 @@ def test_assumed_lengths(model_dir):
     ],
 )
 def test_gpus_by_the_name_that_drivers_give(name, known):
-    found = plan_gpus.gpu_named(name)
-    assert found and found.peak == planning.GPUS[known].peak if known else found is None
+    found = gpus.gpu_named(name)
+    assert found and found.peak == gpus.GPUS[known].peak if known else found is None
 
 
 def test_as_a_verb(seven, tmp_path, monkeypatch, capsys):
@@ -276,7 +275,7 @@ def test_as_a_verb(seven, tmp_path, monkeypatch, capsys):
     found = json.loads(text)
     assert [device["name"] for device in found["devices"][1:]] == ["A100 80GB", "H200"]
     assert found["devices"][2]["fits"] and found["devices"][2]["recomputed_layers"] == 0
-    h100 = [device for device in planning.plan(pairs(seven)).devices if device.name == "H100 80GB"]
+    h100 = [device for device in estimate.plan(pairs(seven)).devices if device.name == "H100 80GB"]
     assert [(device["usable"] / 1e9, device["dtype"], device["compiled"]) for device in found["devices"][1:]] == [
         (pytest.approx(77.8, abs=0.1), "bfloat16", True),
         (pytest.approx(137.6, abs=0.1), "bfloat16", True),
@@ -294,18 +293,18 @@ def test_as_a_verb(seven, tmp_path, monkeypatch, capsys):
 def test_help_names_the_gpus(monkeypatch, capsys):
     _, text, _ = in_process(monkeypatch, capsys, "plan", "--help")
     text = "".join(text.split()).replace("│", "")
-    assert all(name.replace(" ", "") in text for name in planning.GPUS)
+    assert all(name.replace(" ", "") in text for name in gpus.GPUS)
 
 
 def test_nothing_helps(seven, model_dir, monkeypatch):
     """Data of short examples: cutting it, or what else there is, saves next to nothing."""
     for file in model_dir.glob("tokenizer*"):
         shutil.copy(file, seven)
-    monkeypatch.setitem(planning.GPUS, "small", plan_gpus.Gpu(6e9, 1e14, 0.5, (9, 0)))
+    monkeypatch.setitem(gpus.GPUS, "small", gpus.Gpu(6e9, 1e14, 0.5, (9, 0)))
     values = {"dataset_path": "sample:dpo", "instruction_template": "chatml"}
-    plan = planning.plan(pairs(seven, load_in_4bit=True, lora_r=8, lora_target_modules=["q_proj"], **values), ["small"])
+    plan = estimate.plan(pairs(seven, load_in_4bit=True, lora_r=8, lora_target_modules=["q_proj"], **values), ["small"])
     assert not on(plan)["small"].changes
-    lines = list(plan_tables.tables(plan))
+    lines = list(tables.tables(plan))
     assert "to fit on small: a smaller model; no setting makes enough of a difference" in lines
 
 
@@ -314,16 +313,16 @@ def test_a_small_step_takes_little(seven, model_dir):
     for file in model_dir.glob("tokenizer*"):
         shutil.copy(file, seven)
     values = {"dataset_path": "sample:dpo", "instruction_template": "chatml", "per_device_train_batch_size": 1}
-    plan = planning.plan(pairs(seven, **values), ["H100"])
+    plan = estimate.plan(pairs(seven, **values), ["H100"])
     assert plan.mix.longest == plan.mix.step < 8192
-    more = planning.plan(pairs(seven, **values, gradient_accumulation_steps=4), ["H100"])
+    more = estimate.plan(pairs(seven, **values, gradient_accumulation_steps=4), ["H100"])
     assert plan.mix.step < more.mix.step <= 4 * plan.mix.step
     assert plan.devices[1].parts.activations < more.devices[1].parts.activations
 
 
 def test_a_long_prompt_is_cut_with_its_answer(seven):
     values = {"max_seq_length": 32768, "max_prompt_length": 16384, "load_in_4bit": True}
-    small = on(planning.plan(pairs(seven, **values), ["3060"]))["RTX 3060"]
+    small = on(estimate.plan(pairs(seven, **values), ["3060"]))["RTX 3060"]
     (change,) = small.changes
     settings = dict(part.split("=") for part in change.setting.split())
     assert change.fits and int(settings["max_prompt_length"]) == int(settings["max_seq_length"]) // 2
@@ -331,9 +330,9 @@ def test_a_long_prompt_is_cut_with_its_answer(seven):
 
 def test_data_that_cannot_be_trained_on(model_dir, sft_file, tmp_path):
     with pytest.raises(DatasetError, match="needs"):
-        planning.plan(config_for("dpo", model_dir, dataset_path=str(sft_file)))
+        estimate.plan(config_for("dpo", model_dir, dataset_path=str(sft_file)))
     with pytest.raises(DatasetError, match="sample:cpo: no such sample"):
-        planning.plan(config_for("cpo", model_dir, dataset_path="sample:cpo"))
+        estimate.plan(config_for("cpo", model_dir, dataset_path="sample:cpo"))
 
 
 @pytest.mark.parametrize(
@@ -342,26 +341,26 @@ def test_data_that_cannot_be_trained_on(model_dir, sft_file, tmp_path):
 def test_a_configuration_that_makes_no_model(seven, values):
     (seven / "config.json").write_text(json.dumps(SEVEN | values))
     with pytest.raises(ModelLoadError, match=r"seven: no model can be built from its config.json \("):
-        planning.plan(pairs(seven))
+        estimate.plan(pairs(seven))
 
 
 @pytest.mark.parametrize("values", [{"load_in_8bit": True}, {"use_dora": True}, {"use_flash_attention": False}])
 def test_speeds_that_are_not_known(seven, values):
-    assert on(planning.plan(pairs(seven, **values), ["H200"]))["H200"].seconds is None
+    assert on(estimate.plan(pairs(seven, **values), ["H200"]))["H200"].seconds is None
 
 
 def test_times_are_told_apart():
-    texts = [plan_tables._duration(seconds) for seconds in (63.2, 80.1, 300, 330, 4000, 300_000)]
+    texts = [tables._duration(seconds) for seconds in (63.2, 80.1, 300, 330, 4000, 300_000)]
     assert texts == ["64 s", "81 s", "5.0 min", "5.5 min", "1 h 07 min", "3.5 days"]
 
 
 def test_no_speed_of_tiny_models(model_dir):
-    found = planning.plan(config_for("sft", model_dir, torch_dtype="bfloat16"), ["H100"])
+    found = estimate.plan(config_for("sft", model_dir, torch_dtype="bfloat16"), ["H100"])
     assert found.devices[1].fits and found.devices[1].tokens_per_s is None
 
 
 def test_what_training_would_refuse_does_not_fit(seven):
-    devices = on(planning.plan(pairs(seven, base_precision="fp8"), ["3060", "A100", "4090"]))
+    devices = on(estimate.plan(pairs(seven, base_precision="fp8"), ["3060", "A100", "4090"]))
     assert devices["RTX 4090"].fits and not devices["RTX 4090"].refusal
     for name, capability in {"RTX 3060": "8.6", "A100 80GB": "8.0"}.items():
         found = devices[name]
@@ -408,52 +407,52 @@ def test_this_processor_refuses_as_training_does(model_dir, monkeypatch, capsys,
     ],
 )
 def test_what_is_advised_is_a_configuration(seven, monkeypatch, values, advised):
-    monkeypatch.setitem(planning.GPUS, "small", plan_gpus.Gpu(16e9, 1e14, 0.5, (9, 0)))
+    monkeypatch.setitem(gpus.GPUS, "small", gpus.Gpu(16e9, 1e14, 0.5, (9, 0)))
     config = pairs(seven, **values)
-    found = on(planning.plan(config, ["small"]))["small"]
+    found = on(estimate.plan(config, ["small"]))["small"]
     assert [change.setting for change in found.changes][: len(advised)] == advised
     settings = [setting for change in found.changes for setting in change.setting.split()]
     update = {key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in settings)}
-    again = on(planning.plan(DPOConfig(**config.model_dump() | update), ["small"]))["small"]
+    again = on(estimate.plan(DPOConfig(**config.model_dump() | update), ["small"]))["small"]
     assert again.fits == found.changes[-1].fits
 
 
 def test_advice_for_this_processor(seven, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=25.3e9))
-    here = planning.plan(pairs(seven, torch_dtype="bfloat16"), ["H100"]).devices[0]
+    here = estimate.plan(pairs(seven, torch_dtype="bfloat16"), ["H100"]).devices[0]
     assert not here.fits
     assert here.changes[0].setting == "gradient_checkpointing=true"
-    whole = planning.plan(pairs(seven, use_lora=False), ["H100"]).devices[0]
+    whole = estimate.plan(pairs(seven, use_lora=False), ["H100"]).devices[0]
     assert "optim=adamw_8bit" not in [change.setting for change in whole.changes]
 
 
 def test_data_is_read_with_the_tokenizer_of_a_model_without_weights(seven, model_dir):
-    assert "seven: has no tokenizer.json" in planning.plan(pairs(seven, dataset_path="sample:dpo")).mix.note
+    assert "seven: has no tokenizer.json" in estimate.plan(pairs(seven, dataset_path="sample:dpo")).mix.note
     for file in model_dir.glob("tokenizer*"):
         shutil.copy(file, seven)
     config = pairs(seven, dataset_path="sample:dpo", instruction_template="chatml")
-    assert "examples to train on" in planning.plan(config).mix.note
+    assert "examples to train on" in estimate.plan(config).mix.note
 
 
 def test_pickled_weights_are_refused(seven):
     (seven / "pytorch_model.bin").touch()
     with pytest.raises(ModelLoadError, match=r"seven: its weights are pickled \(pytorch_model.bin\)"):
-        planning.plan(pairs(seven))
+        estimate.plan(pairs(seven))
 
 
 def test_errors(seven, tmp_path, monkeypatch, capsys):
     with pytest.raises(ConfigurationError, match="--gpu: 'H1000' is unknown; did you mean 'H100 80GB'"):
-        planning.plan(pairs(seven), ["H1000"])
+        estimate.plan(pairs(seven), ["H1000"])
     for empty in ("", " "):
         with pytest.raises(ConfigurationError, match=r"--gpu: .* is unknown; choose from RTX 3060, "):
-            planning.plan(pairs(seven), [empty])
+            estimate.plan(pairs(seven), [empty])
     with pytest.raises(ConfigurationError, match="no linear layer query"):
-        planning.plan(pairs(seven, lora_target_modules=["query"]))
+        estimate.plan(pairs(seven, lora_target_modules=["query"]))
     with pytest.raises(ModelLoadError, match="the folder does not exist"):
-        planning.plan(SFTConfig(model_name="./nowhere"))
+        estimate.plan(SFTConfig(model_name="./nowhere"))
     (seven / "config.json").write_text(json.dumps(SEVEN | {"model_type": "mixtral"}))
     with pytest.raises(ModelLoadError, match="of model_type 'mixtral'"):
-        planning.plan(pairs(seven))
+        estimate.plan(pairs(seven))
     code, _, said = in_process(monkeypatch, capsys, "plan", tmp_path / "missing.yaml")
     assert code == 2 and "missing.yaml" in said

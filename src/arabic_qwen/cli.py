@@ -166,16 +166,16 @@ def plan(
     _set_up_output()
     from rich.console import Console
 
-    from arabic_qwen import plan_tables
     from arabic_qwen.config import load_config
-    from arabic_qwen.plan import plan as estimate
+    from arabic_qwen.plan import tables
+    from arabic_qwen.plan.estimate import plan as estimate
 
     found = estimate(load_config(config, overrides), gpu or [])
     if as_json:
-        print(json.dumps(plan_tables.as_json(found), ensure_ascii=False, indent=2))
+        print(json.dumps(tables.as_json(found), ensure_ascii=False, indent=2))
         return
     console = Console(highlight=False)
-    for part in plan_tables.tables(found):
+    for part in tables.tables(found):
         console.print(part, soft_wrap=True)
 
 

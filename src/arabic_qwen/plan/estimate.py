@@ -1,4 +1,4 @@
-"""`arabic-qwen plan CONFIG`: memory, speed and time of a run on this machine and on others, before anything is loaded."""
+"""What a run takes on each device, and what to change where it does not fit."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from arabic_qwen.models.compilation import pays
 from arabic_qwen.models.memory import Memory, ModelShape, frozen_bytes, model_shape, step_memory
 from arabic_qwen.models.scoring import check_attention
 from arabic_qwen.models.sources import is_adapter, locate_configuration, locate_model
-from arabic_qwen.plan_advice import LENGTHS, faster, remedies, setting
-from arabic_qwen.plan_checks import check_here, check_on, dtype_there, flash_there, message
-from arabic_qwen.plan_data import Mix, mix_of
-from arabic_qwen.plan_gpus import GPUS, SHOWN, Gpu, known, this_device
+from arabic_qwen.plan.advice import LENGTHS, faster, remedies, setting
+from arabic_qwen.plan.checks import check_here, check_on, dtype_there, flash_there, message
+from arabic_qwen.plan.data import Mix, mix_of
+from arabic_qwen.plan.gpus import GPUS, SHOWN, Gpu, known, this_device
 from arabic_qwen.training.fitting import PROCESSOR_BUDGET, Fit, choose
 from arabic_qwen.training.objectives import METHODS
 

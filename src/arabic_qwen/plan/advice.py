@@ -8,7 +8,7 @@ from typing import Any
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.models.sources import is_adapter
-from arabic_qwen.plan_data import Mix
+from arabic_qwen.plan.data import Mix
 
 _SHORTEST = 256  # tokens that are advised as the longest
 LENGTHS = ("max_length", "max_seq_length")  # the first that is set limits an example

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from arabic_qwen.plan import Estimate, Plan
+from arabic_qwen.plan.estimate import Estimate, Plan
 
 _BAR = 50  # columns
 #: The parts of a bar: told apart by shade where there is no colour.

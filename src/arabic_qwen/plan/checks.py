@@ -19,7 +19,7 @@ from arabic_qwen.models.precision import (
     dtype_on,
     quantization,
 )
-from arabic_qwen.plan_gpus import Gpu
+from arabic_qwen.plan.gpus import Gpu
 from arabic_qwen.training.arguments import check_packages
 
 
