@@ -193,8 +193,9 @@ def test_first_margin_is_zero(model_dir, tmp_path, variant):
         pytest.skip("needs bitsandbytes")
     trainer = BaseTrainer(pairs_config(DPOConfig, model_dir, tmp_path, lora_dropout=0.0, logging_steps=1, **variant))
     trainer.train()
-    # on a 4-bit base bitsandbytes multiplies with another kernel where no gradient is needed, as in the reference's pass
-    tolerance = 5e-2 if variant.get("load_in_4bit") else 1e-5  # sums on a GPU are not in order
+    # On a 4-bit base bitsandbytes multiplies with another kernel where no gradient is needed, as in the reference's pass;
+    # compiled, the two passes are different kernels too. Sums on a GPU are not in order.
+    tolerance = 5e-2 if variant.get("load_in_4bit") or variant.get("torch_compile") else 1e-5
     assert trainer.trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=tolerance)
 
 

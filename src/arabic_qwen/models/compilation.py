@@ -68,7 +68,8 @@ def compile_packed(model: Any) -> None:
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     # Fused operations round as single ones do: else the passes with and without adapters would round at other places, and
-    # policy and reference differ before the first step, in 8-bit floating point by several nats a completion.
+    # policy and reference differ before the first step, in 8-bit floating point by several nats a completion. What is left
+    # is the order of sums.
     torch._inductor.config.emulate_precision_casts = True
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for layer in decoder_layers(model):
