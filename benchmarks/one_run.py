@@ -157,7 +157,8 @@ def run(specification: dict[str, Any], loaded: BaseTrainer | None) -> dict[str, 
 
             create = peers.unsloth_peer if specification["peer"] == "unsloth" else peers.trl_peer
             trainer = create(config, workload.in_training_order(config, groups), specification)
-        return measure(trainer, args.warmup, specification["update_file"])
+        result = measure(trainer, args.warmup, specification["update_file"])
+        return result if loaded else result | {"padding_free": bool(getattr(trainer, "padding_free", False))}
     except (RuntimeError, TrainingError) as error:
         if not lacks_memory(error):
             raise

@@ -73,7 +73,7 @@ def create(config: BaseConfig, groups: list[Group], run: dict[str, Any], **value
         "use_liger_kernel": run["liger"],
         **options,
     }
-    if config.method == "sft":
+    if config.method == "sft" and run["padding_free"] is not None:
         arguments["padding_free"] = run["padding_free"]
     if config.method == "cpo":  # TRL takes pairs
         negatives = len(groups[0].completions) - 1

@@ -15,7 +15,7 @@ and MFU are.
 --batch-size rows make an optimizer step. Peers take it in micro-batches of --micro-batch rows: padded, and for SFT
 padding-free (TRL 1.15 and 1.16 have switched it off for the others), each without gradient checkpointing, or with the
 smallest concession that makes it fit into memory: half as many rows, checkpointing, both, a quarter; Unsloth with its own
-kind of checkpointing. Where liger_kernel is installed, TRL runs with it too. The fastest of a peer's runs counts. TRL's CPO takes pairs, so a row with K negatives is K pairs of a batch there: same loss, same gradient.
+kind of checkpointing, and padding-free where it chooses so (`padding_free` in the JSON). Where liger_kernel is installed, TRL runs with it too. The fastest of a peer's runs counts. TRL's CPO takes pairs, so a row with K negatives is K pairs of a batch there: same loss, same gradient.
 
 Two checks have limits, LARGEST_DIFFERENCE. What they can find:
 
@@ -64,13 +64,13 @@ def attempts(peer: str, method: str, micro_batch: int) -> list[list[dict[str, An
     plain = {"micro_batch": micro_batch, "checkpointing": False, "padding_free": False, "liger": False}
     if peer.startswith("ours"):
         return [[plain]]
-    if peer == "unsloth":
-        return [[plain, plain | {"checkpointing": True}]]
     halves = [rows for rows in (micro_batch // 2, micro_batch // 4) if rows]
     smaller = [plain, *(plain | {"micro_batch": rows} for rows in halves[:1]), plain | {"checkpointing": True}]
     smaller += [plain | {"micro_batch": rows, "checkpointing": True} for rows in halves]
     padding_free = (False, True) if method == "sft" else (False,)
     liger = (False, True) if importlib.util.find_spec("liger_kernel") else (False,)
+    if peer == "unsloth":
+        padding_free, liger = (None,), (False,)  # it chooses itself
     kinds = [{"padding_free": free, "liger": kernels} for free in padding_free for kernels in liger]
     return [[run | kind for run in smaller] for kind in kinds]
 

@@ -92,6 +92,7 @@ def count_weights(config: Any) -> int:
 def configuration(method: str, args: argparse.Namespace, output_dir: str, **values: Any) -> BaseConfig:
     """LoRA r=16 on all linear layers, no dropout, no decay: a weight that does not move had no gradient."""
     options = {"packing": False} if method == "sft" else {"max_prompt_length": LONGEST}
+    dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     settings = {
         "model_name": args.model,
         "dataset_path": getattr(args, "data", None) or "sample:sft",
@@ -110,8 +111,9 @@ def configuration(method: str, args: argparse.Namespace, output_dir: str, **valu
         "evaluation_strategy": "no",
         "save_strategy": "no",
         "load_best_model_at_end": False,
-        "torch_compile": torch.cuda.is_available(),  # auto takes so few steps for a run that does not pay for it
-        "torch_dtype": args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"),
+        # auto takes so few steps for a run that does not pay for it; float32 has no flash attention
+        "torch_compile": torch.cuda.is_available() and dtype != "float32",
+        "torch_dtype": dtype,
     }
     given = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.set)}
     return METHOD_CONFIGS[method](**settings | options | values | given)
@@ -206,7 +208,7 @@ def device_name() -> str:
 
 
 def peak_gb() -> float:
-    """10⁹ bytes: the most that tensors took on the GPU; without one, that the process took."""
+    """10⁹ bytes: the most that tensors took on the GPU; without one, that the process ever took."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e9, 2)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2)

@@ -71,6 +71,10 @@ def test_padding_free_that_trl_ignores_is_no_variant(monkeypatch, tmp_path):
     monkeypatch.setattr(throughput.importlib.util, "find_spec", lambda name: name == "liger_kernel")
     kinds = [throughput.variant("trl", tries[0]) for tries in throughput.attempts("trl", "dpo", 8)]
     assert kinds == ["padded, batch 8", "padded, batch 8, Liger"]
+    (tries,) = throughput.attempts("unsloth", "sft", 8)
+    names = [throughput.variant("unsloth", run) for run in tries]
+    assert names[:3] == ["batch 8", "batch 4", "batch 8, checkpointing"]
+    assert all(run["padding_free"] is None for run in tries)  # it chooses
 
 
 @pytest.mark.parametrize(

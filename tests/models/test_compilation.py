@@ -13,6 +13,7 @@ from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.packing import Completion, Group, pack
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models import attention, compilation, logps, scoring
+from arabic_qwen.models.adapters import add_lora
 from arabic_qwen.models.compilation import compile_packed, worthwhile
 from arabic_qwen.models.scoring import enable_packed_forward
 from tests.models.test_scoring import with_lora
@@ -109,6 +110,29 @@ def test_the_reference_and_generation_are_not_touched(tiny_model, counter):
 def test_short_runs_do_not_pay(tiny_model, counter, monkeypatch, setting, tokens, expected):
     monkeypatch.setattr(compilation, "flash_runs", lambda device, dtype: True)
     assert worthwhile(SFTConfig(torch_compile=setting), tiny_model("qwen2"), tokens) is expected
+
+
+def test_what_is_compiled_by_the_model(tiny_model, counter, monkeypatch):
+    monkeypatch.setattr(compilation, "flash_runs", lambda device, dtype: True)
+    adapted = add_lora(tiny_model("qwen2"), SFTConfig(use_dora=True))
+    assert not worthwhile(SFTConfig(), adapted, 1e20)  # DoRA of an earlier run
+    model = add_lora(tiny_model("qwen2"), SFTConfig())
+    tokens = 1.5 * compilation._WORTHWHILE / model.num_parameters()
+    assert worthwhile(SFTConfig(), model, tokens)
+    monkeypatch.setattr(compilation, "second_copies", lambda model: model.num_parameters() // 2)
+    assert not worthwhile(SFTConfig(), model, tokens)
+
+
+def test_each_model_has_room_for_its_variants(tiny_model, counter, monkeypatch):
+    """torch.compile counts those of all models of a class together."""
+    limit = torch._dynamo.config.recompile_limit
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
+    for _ in range(3):
+        model = tiny_model("qwen2")
+        enable_packed_forward(model)
+        compile_packed(model)
+    assert torch._dynamo.config.recompile_limit == limit + 3 * compilation._VARIANTS
 
 
 def test_what_cannot_be_compiled(tiny_model):

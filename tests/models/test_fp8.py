@@ -13,7 +13,7 @@ from arabic_qwen.config import DPOConfig, SFTConfig
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models import fp8, loading, precision
 from arabic_qwen.models.adapters import add_lora
-from arabic_qwen.models.fp8 import FP8Linear, convert_to_fp8, quantize_rows
+from arabic_qwen.models.fp8 import FP8Linear, convert_to_fp8, quantize_rows, second_copies
 from arabic_qwen.training.base_trainer import BaseTrainer
 
 
@@ -141,6 +141,8 @@ class TestConversion:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         assert trained and all("lora_" in name for name in trained)
         convert_to_fp8(model, trainable=True)  # again: nothing is left to convert
+        weights = [module.weight.numel() for module in model.modules() if isinstance(module, FP8Linear)]
+        assert second_copies(model) == sum(weights) > 0
 
     def test_sizes_that_do_not_suit_it_are_named(self, tiny_model):
         with pytest.raises(ConfigurationError, match=r"layer 0\.mlp\.gate_proj has 64 × 88; set it to null"):

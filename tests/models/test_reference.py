@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from arabic_qwen.config import SFTConfig
+from arabic_qwen.models import compilation
+from arabic_qwen.models import reference as reference_module
 from arabic_qwen.models.reference import OtherModel, precompute, reference_policy
 from arabic_qwen.training.base_trainer import BaseTrainer
 from tests.training.preference_runs import (
@@ -201,6 +203,20 @@ class TestOtherModels:
             assert frozen is not trainer.model
             assert not any(parameter.requires_grad for parameter in frozen.parameters())
         assert not trainer.trainer.state.log_history[0]["rewards/margins"]  # before the first step they are equal
+
+    def test_it_is_compiled_where_the_policy_is(self, model_dir, pairs, tmp_path, monkeypatch):
+        compiled = []
+
+        def compile_packed(model):
+            compiled.append(model)
+            model.compiled = True
+
+        for module in (compilation, reference_module):
+            monkeypatch.setattr(module, "compile_packed", compile_packed)
+        monkeypatch.setattr(compilation, "worthwhile", lambda *args: True)
+        trainer = ready(preference_config("dpo", model_dir, pairs, tmp_path, use_lora=False), seed=None)
+        with trainer.trainer.reference(trainer.model) as frozen:
+            assert compiled == [trainer.model, frozen]
 
     def test_full_fine_tuning_after_adapters(self, stage_one, model_dir, pairs, tmp_path):
         config = preference_config("dpo", stage_one, pairs, tmp_path, use_lora=False, token_budget=100_000)

@@ -14,6 +14,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, get_sc
 
 from arabic_qwen.config import DPOConfig, SFTConfig, load_config
 from arabic_qwen.errors import ConfigurationError, DatasetError, ModelLoadError, TrainingError
+from arabic_qwen.training.arguments import planned_tokens
 from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.sft_trainer import SFTTrainer, create_sft_trainer
 
@@ -514,7 +515,12 @@ class TestEvaluateAndPredict:
             trained.evaluate([{"question": "?"}])
 
     def test_base_model_before_training(self, config):
-        assert BaseTrainer(config).evaluate()["eval_loss"] > 0
+        before = BaseTrainer(config)
+        assert before.evaluate()["eval_loss"] > 0
+        assert isinstance(before.model, PeftModel)  # the model that train() begins with
+        assert planned_tokens(config, before.dataset) > 0
+        held_out = before.dataset["validation"]
+        assert planned_tokens(config, {"train": held_out, "validation": held_out}) == 0  # as evaluate() asks
 
     def test_batched_predictions_equal_single_ones(self, trained):
         prompts = ["ما عاصمة الأردن؟", "مرحبا", "اكتب جملة قصيرة عن البحر في فصل الشتاء"]

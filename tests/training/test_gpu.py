@@ -182,7 +182,12 @@ def test_variants_of_lora(config, variant):
     assert loaded.evaluate(rows)["eval_loss"] == pytest.approx(trainer.evaluate(rows)["eval_loss"], rel=5e-2)
 
 
-COMPILED = [{"torch_compile": True}, {"torch_compile": True, "base_precision": "fp8"}]
+COMPILED = [
+    {"torch_compile": True},
+    {"torch_compile": True, "base_precision": "fp8"},
+    {"torch_compile": True, "precompute_reference": True},
+    {"torch_compile": True, "use_lora": False},
+]
 
 
 @pytest.mark.parametrize("variant", [{}, {"load_in_4bit": True}, *VARIANTS, *COMPILED], ids=str)

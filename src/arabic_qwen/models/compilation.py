@@ -13,14 +13,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.attention import flash_runs
+from arabic_qwen.models.fp8 import second_copies
 from arabic_qwen.models.precision import compute_dtype
 from arabic_qwen.models.recompute import decoder_layers
 
 # transformers recomputes a layer in its __call__, or (newer) in a wrapper around its class's forward.
 _RECOMPUTED_OUTSIDE = "__call__" in vars(GradientCheckpointingLayer)
 
-# Variants of a layer: with and without gradients, adapters, dropout and shared prompts. Beyond the limit, which is a
-# few by default, torch.compile would silently stop to compile.
+# Variants of a model's layer: with and without gradients, adapters, dropout and shared prompts. Beyond the limit, which is
+# a few by default and counts those of all models, torch.compile would silently stop to compile.
 _VARIANTS = 64
 
 # Parameters × tokens of a run that pays for compiling: some minutes on an H100, of which a quarter is saved.
@@ -37,7 +38,10 @@ def worthwhile(config: BaseConfig, model: Any, tokens: float) -> bool:
         model.get_output_embeddings().weight.device, compute_dtype(config)
     )
     check_compilable(config, flash)
-    return flash and pays(config, model.num_parameters(), tokens)
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(one.use_dora for one in adapters):  # an earlier run's
+        config = config.model_copy(update={"use_dora": True})
+    return flash and pays(config, model.num_parameters() - second_copies(model), tokens)
 
 
 def pays(config: BaseConfig, parameters: int, tokens: float) -> bool:
@@ -66,7 +70,8 @@ def compile_packed(model: Any) -> None:
     Args:
         model: with :func:`arabic_qwen.models.scoring.enable_packed_forward`, or a PEFT wrapper around one.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
+    torch._dynamo.config.recompile_limit += _VARIANTS
+    torch._dynamo.config.accumulated_recompile_limit += _VARIANTS
     # Fused operations round as single ones do: else the passes with and without adapters would round at other places, and
     # policy and reference differ before the first step, in 8-bit floating point by several nats a completion. What is left
     # is the order of sums.

@@ -78,6 +78,12 @@ class FP8Linear(torch.nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+def second_copies(model: torch.nn.Module) -> int:
+    """How many of the model's parameters are transposed copies of others."""
+    copies = (layer.weight_t for layer in model.modules() if isinstance(layer, FP8Linear))
+    return sum(copy.numel() for copy in copies if copy is not None)
+
+
 @torch.no_grad()
 def convert_to_fp8(model: Any, trainable: bool) -> None:
     """Replace, in place, all linear layers of the decoder's blocks by :class:`FP8Linear`; not adapters, nor the head.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import hashlib
 import json
 import logging
@@ -24,6 +25,7 @@ from arabic_qwen.data.packing import Group
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.files import write_atomically, writing
 from arabic_qwen.models.adapters import grow_embedding, takes_from_base
+from arabic_qwen.models.compilation import compile_packed
 from arabic_qwen.models.loading import load_model, load_tokenizer
 from arabic_qwen.models.memory_limit import within_memory
 from arabic_qwen.models.scoring import score_completions
@@ -100,6 +102,8 @@ def reference_policy(model: Any, source: str, config: Any, tokenizer: Any) -> Re
     def load(name: str, trainable: bool) -> torch.nn.Module:
         other = load_model(name, config, trainable=trainable)
         grow_embedding(other, rows)
+        if getattr(model, "compiled", False):  # or it would round at other places than the policy
+            compile_packed(other)
         return other
 
     name = getattr(config, "ref_model_name", None)
@@ -141,6 +145,7 @@ class OtherModel:
     def release(self) -> None:
         """Free its memory; it is loaded again when it is called for."""
         self._frozen = None
+        gc.collect()  # methods of ours on its layers hold on to them
 
     def __call__(self, model: Any) -> contextlib.AbstractContextManager[torch.nn.Module]:
         if self._frozen is None:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,8 +136,11 @@ def training_arguments(config: BaseConfig, schedule: Schedule) -> TrainingArgume
     return arguments
 
 
-def planned_tokens(config: BaseConfig, train: Any) -> float:
+def planned_tokens(config: BaseConfig, dataset: Mapping[str, Any]) -> float:
     """About how many tokens training runs over; inf for a stream, which is for data larger than memory."""
+    train = dataset["train"]
+    if train is dataset.get("validation"):  # which is only evaluated
+        return 0.0
     if not isinstance(train, GroupDataset):
         return math.inf
     lengths = train.lengths

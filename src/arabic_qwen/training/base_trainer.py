@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Iterable, Mapping
@@ -208,9 +209,10 @@ class BaseTrainer(GenerationMixin):
         _, reason = precision.explained_dtype(config)
         if reason:
             self.logger.log(logging.INFO if config.torch_dtype == "auto" else logging.WARNING, reason)
+        self.model = self._reference = None
+        gc.collect()  # methods of ours on an earlier model's layers hold on to them
         self.model = loading.load_model(self._source, config, trainable=trainable)
         self._model_is_trainable = trainable
-        self._reference = None  # of generate_comparison()
         if trainable:
             self._start = self._source
         self._setup_padding_token()
@@ -330,23 +332,18 @@ class BaseTrainer(GenerationMixin):
             raise ConfigurationError(
                 f"metric_for_best_model: {config.metric_for_best_model!r} is not measured; choose from {', '.join(known)}"
             )
+        if compilation.worthwhile(config, self.model, planned_tokens(config, dataset)):
+            compilation.compile_packed(self.model)
         reference = None
         if objective.needs_reference:
             reference = reference_policy(self.model, self._start, config, self.tokenizer)
             if config.precompute_reference:
-                cache = Path(config.resolved_output_dir)
+                groups = [split.groups for split in dataset.values()]
+                cache, budget = Path(config.resolved_output_dir), config.token_budget or default_budget()
                 with precision.autocast(config):
-                    known_splits = precompute(
-                        [split.groups for split in dataset.values()],
-                        self.model,
-                        reference,
-                        cache,
-                        config.token_budget or default_budget(),
-                    )
+                    known_splits = precompute(groups, self.model, reference, cache, budget)
                 for split, groups in zip(dataset.values(), known_splits, strict=True):
                     split.groups = groups
-        if compilation.worthwhile(config, self.model, planned_tokens(config, dataset["train"])):
-            compilation.compile_packed(self.model)
         return PackedTrainer(
             objective=objective,
             reference=reference,
@@ -428,7 +425,8 @@ class BaseTrainer(GenerationMixin):
             DatasetError: there are no validation rows, or rows that cannot be read.
         """
         self.setup_model_and_tokenizer()
-        if getattr(self.model, "is_quantized", False) and not isinstance(self.model, PeftModel):
+        adapts = self.config.use_lora and self._model_is_trainable  # as train() will, which may convert the base
+        if (adapts or getattr(self.model, "is_quantized", False)) and not isinstance(self.model, PeftModel):
             self.setup_lora()  # Trainer takes no purely quantised model; new adapters change nothing
         split: Any = eval_dataset
         if eval_dataset is None:
