@@ -13,7 +13,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,7 @@ def measure(trainer: Trainer, warmup: int, update_file: str | None = None) -> di
         "losses": [round(loss, 5) for loss in losses],
         "peak_gb": workload.peak_gb(),
         "compiled_while_timed": clock.compiled,
+        "padding_free": bool(getattr(trainer, "padding_free", False)),
     }
 
 
@@ -145,24 +146,28 @@ def ours(loaded: BaseTrainer, config: Any, groups: list[Group]) -> Trainer:
     return trainer.create_trainer(trainer.dataset, trainer.get_training_arguments(), [])
 
 
-def run(specification: dict[str, Any], loaded: BaseTrainer | None) -> dict[str, Any]:
-    """Measure one run; memory that does not suffice is a result too."""
-    args = argparse.Namespace(**specification["args"])
-    config, groups = configured(specification)
+def measured(create: Callable[[], Trainer], warmup: int, update_file: str | None = None) -> dict[str, Any]:
+    """:func:`measure` of the trainer that `create` makes; memory that does not suffice is a result too."""
     try:
-        if loaded:
-            trainer = ours(loaded, config, groups)
-        else:
-            import peers
-
-            create = peers.unsloth_peer if specification["peer"] == "unsloth" else peers.trl_peer
-            trainer = create(config, workload.in_training_order(config, groups), specification)
-        result = measure(trainer, args.warmup, specification["update_file"])
-        return result if loaded else result | {"padding_free": bool(getattr(trainer, "padding_free", False))}
+        return measure(create(), warmup, update_file)
     except (RuntimeError, TrainingError) as error:
         if not lacks_memory(error):
             raise
         return {"failed": OUT_OF_MEMORY}
+
+
+def run(specification: dict[str, Any], loaded: BaseTrainer | None) -> dict[str, Any]:
+    config, groups = configured(specification)
+
+    def create() -> Trainer:
+        if loaded:
+            return ours(loaded, config, groups)
+        import peers
+
+        peer = peers.unsloth_peer if specification["peer"] == "unsloth" else peers.trl_peer
+        return peer(config, workload.in_training_order(config, groups), specification)
+
+    return measured(create, specification["args"]["warmup"], specification["update_file"])
 
 
 def configured(specification: dict[str, Any]) -> tuple[BaseConfig, list[Group]]:

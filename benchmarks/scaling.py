@@ -23,7 +23,6 @@ import workload
 from matplotlib.figure import Figure
 
 from arabic_qwen.data.packing import Group
-from arabic_qwen.errors import TrainingError
 from arabic_qwen.training.base_trainer import BaseTrainer
 
 PANELS = {
@@ -87,12 +86,9 @@ def measure(point: Point, loaded: BaseTrainer, args: argparse.Namespace, folder:
     )
     shape = workload.model_config(args.model)
     groups = groups_of(point, rows * steps, shape.vocab_size)
-    try:
-        result = one_run.measure(one_run.ours(loaded, config, groups), args.warmup)
-    except (RuntimeError, TrainingError) as error:
-        if not one_run.lacks_memory(error):
-            raise
-        return point._asdict() | {"failed": one_run.OUT_OF_MEMORY}
+    result = one_run.measured(lambda: one_run.ours(loaded, config, groups), args.warmup)
+    if "failed" in result:
+        return point._asdict() | result
     timed = groups[: rows * args.steps]
     result["tokens_per_s"] = round(workload.useful_tokens(timed) / result["seconds"], 1)
     result["mfu"] = workload.mfu(workload.useful_flops(point.method, timed, shape, config.lora_r), result["seconds"])

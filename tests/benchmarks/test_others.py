@@ -41,7 +41,7 @@ def test_a_point_that_does_not_fit_is_one(monkeypatch, tmp_path, capsys):
 
     measure = one_run.measure
 
-    def too_much(trainer, warmup):
+    def too_much(trainer, warmup, update_file):
         if trainer.train_dataset[0].num_budgeted > 16:
             raise TrainingError("out of memory with an example alone (32 tokens); lower max_seq_length")
         return measure(trainer, warmup)
