@@ -22,15 +22,15 @@ import workload
 import yaml
 from matplotlib.figure import Figure
 
-from arabic_qwen.config import METHOD_CONFIGS
+from arabic_qwen.config import METHOD_CONFIGS, BaseConfig
+from arabic_qwen.models.precision import check_fp8
 from arabic_qwen.training.base_trainer import BaseTrainer
 
 LEARNING_RATES = {"sft": 2e-4, "dpo": 5e-5}
 
 
-def train(name: str, setting: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Training loss of every step, held-out loss by step, and tokens/s of the steps after the first quarter."""
-    config = METHOD_CONFIGS[args.method](
+def configuration(name: str, setting: dict[str, Any], args: argparse.Namespace) -> BaseConfig:
+    return METHOD_CONFIGS[args.method](
         model_name=args.model,
         dataset_path=args.data,
         output_dir=f"{args.output_dir}/{name}",
@@ -53,6 +53,10 @@ def train(name: str, setting: dict[str, Any], args: argparse.Namespace) -> dict[
         **({"packing": False} if args.method == "sft" else {}),
         **setting,
     )
+
+
+def train(config: BaseConfig) -> dict[str, Any]:
+    """Training loss of every step, held-out loss by step, and tokens/s of the steps after the first quarter."""
     trainer = BaseTrainer(config)
     trainer.setup_lora()  # which converts the base
     before = trainer.evaluate()["eval_loss"]
@@ -102,9 +106,9 @@ def main() -> None:
     parser.add_argument("--model", default="arabic-qwen-tiny")
     parser.add_argument("--data", help="default: the sample data of the method")
     parser.add_argument("--method", choices=LEARNING_RATES, default="sft")
-    parser.add_argument("--setting", default="base_precision=fp8", metavar="KEY=VALUE")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--setting", type=workload.setting, default="base_precision=fp8", metavar="KEY=VALUE")
+    parser.add_argument("--steps", type=workload.positive, default=200)
+    parser.add_argument("--batch-size", type=workload.positive, default=16)
     parser.add_argument("--learning-rate", type=float, help=f"default: {LEARNING_RATES}")
     parser.add_argument("--held-out", type=float, default=0.1, help="share of the rows")
     parser.add_argument("--output-dir", default="./checkpoints/fp8_quality")
@@ -113,11 +117,13 @@ def main() -> None:
     args = parser.parse_args()
     args.data = args.data or f"sample:{args.method}"
     key, _, value = args.setting.partition("=")
+    plain, changed = (configuration(*run, args) for run in (("without", {}), ("with", {key: yaml.safe_load(value)})))
+    check_fp8(changed)  # before the first run
     runs: dict[str, dict[str, Any]] = {}
     report = workload.machine() | {"settings": vars(args), "runs": runs}
-    runs["without"] = train("without", {}, args)
+    runs["without"] = train(plain)
     workload.write_json(args.json, report)
-    runs[args.setting] = train("with", {key: yaml.safe_load(value)}, args)
+    runs[args.setting] = train(changed)
     found = differences(*runs.values())
     workload.write_json(args.json, report | {"differences": found})
     if args.plot:
@@ -132,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    workload.script(main)

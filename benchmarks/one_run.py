@@ -193,8 +193,12 @@ def run_all(specifications: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield run(specification, loaded)
 
 
-if __name__ == "__main__":
+def main() -> None:
     results = []
     for result in run_all(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))):
         results.append(result)
         workload.write_json(sys.argv[2], results)
+
+
+if __name__ == "__main__":
+    workload.script(main)

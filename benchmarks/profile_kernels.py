@@ -23,6 +23,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import PrinterCallback, TrainerCallback
 
+from arabic_qwen.config import METHOD_CONFIGS
+
 #: A kernel is of the first class that has a part of its name.
 CLASSES = {
     "attention": ("flash", "fmha", "scaled_dot_product"),
@@ -138,11 +140,11 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", required=True)
+    parser.add_argument("--method", required=True, choices=METHOD_CONFIGS)
     workload.add_model_arguments(parser)
-    parser.add_argument("--warmup", type=int, default=3, help="optimizer steps before the recorded one")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows of an optimizer step")
-    parser.add_argument("--negatives", type=int, default=4, help="rejected completions a row, for CPO")
+    parser.add_argument("--warmup", type=workload.positive, default=3, help="optimizer steps before the recorded one")
+    parser.add_argument("--batch-size", type=workload.positive, default=8, help="rows of an optimizer step")
+    parser.add_argument("--negatives", type=workload.positive, default=4, help="rejected completions a row, for CPO")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON; without FILE print it alone")
     parser.set_defaults(steps=1, data=None, equal_lengths=False)
     args = parser.parse_args()
@@ -156,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    workload.script(main)

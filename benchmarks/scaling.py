@@ -42,21 +42,30 @@ class Point(NamedTuple):
     completions: int
 
 
+def numbers(text: str) -> list[int]:
+    return [workload.positive(number) for number in text.split(",")]
+
+
+def ratios(text: str) -> list[tuple[int, int]]:
+    """Of "2:1,1:2"."""
+    try:
+        return [(workload.positive(a), workload.positive(b)) for a, b in (one.split(":") for one in text.split(","))]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are not ratios as 2:1,1:2") from None
+
+
 def points(args: argparse.Namespace) -> list[Point]:
     found = [
         Point("length", method, length, f"{length:,}", length // 2, length - length // 2, completions)
         for method, completions in (("sft", 1), ("dpo", 2))
-        for length in map(int, args.lengths.split(","))
+        for length in args.lengths
     ]
-    for ratio in args.ratios.split(","):
-        prompt, completion = map(int, ratio.split(":"))
+    for prompt, completion in args.ratios:
+        ratio = f"{prompt}:{completion}"
         share = max(1, args.total * prompt // (prompt + completion))
         found.append(Point("ratio", "dpo", prompt / completion, ratio, share, args.total - share, 2))
     part = args.total // 8
-    return found + [
-        Point("negatives", "cpo", count, str(count), part, part, 1 + count)
-        for count in map(int, args.negatives.split(","))
-    ]
+    return found + [Point("negatives", "cpo", count, str(count), part, part, 1 + count) for count in args.negatives]
 
 
 def groups_of(point: Point, count: int, vocabulary: int) -> list[Group]:
@@ -134,13 +143,17 @@ def table(report: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     workload.add_model_arguments(parser)
-    parser.add_argument("--lengths", default="512,1024,2048,4096,8192,16384,32768")
-    parser.add_argument("--ratios", default="8:1,4:1,2:1,1:1,1:2,1:4,1:8")
-    parser.add_argument("--total", type=int, default=2048, help="tokens of prompt and completion, for the ratios")
-    parser.add_argument("--negatives", default="1,2,4,8,16")
-    parser.add_argument("--tokens-per-step", type=int, default=32768, help="useful tokens of an optimizer step")
-    parser.add_argument("--warmup", type=int, default=2, help="optimizer steps before the timed ones")
-    parser.add_argument("--steps", type=int, default=2, help="timed optimizer steps")
+    parser.add_argument("--lengths", type=numbers, default="512,1024,2048,4096,8192,16384,32768")
+    parser.add_argument("--ratios", type=ratios, default="8:1,4:1,2:1,1:1,1:2,1:4,1:8")
+    parser.add_argument(
+        "--total", type=workload.positive, default=2048, help="tokens of prompt and completion, for the ratios"
+    )
+    parser.add_argument("--negatives", type=numbers, default="1,2,4,8,16")
+    parser.add_argument(
+        "--tokens-per-step", type=workload.positive, default=32768, help="useful tokens of an optimizer step"
+    )
+    parser.add_argument("--warmup", type=workload.positive, default=2, help="optimizer steps before the timed ones")
+    parser.add_argument("--steps", type=workload.positive, default=2, help="timed optimizer steps")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE.png")
     args = parser.parse_args()
@@ -161,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    workload.script(main)

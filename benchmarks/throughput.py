@@ -207,7 +207,7 @@ class Report:
 
     def whole(self) -> dict[str, Any]:
         found = summary(self.runs)
-        alone = found[self.args.methods[0]] if len(self.args.methods) == 1 else {}
+        alone = found.get(self.args.methods[0], {}) if len(self.args.methods) == 1 else {}
         return {**self.head, "runs": self.runs, "summary": found, **alone}
 
 
@@ -290,11 +290,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peers", default="ours,trl", help=f"of {','.join(PEERS)}")
     workload.add_model_arguments(parser)
     parser.add_argument("--data", help="rows of the method; default: random tokens")
-    parser.add_argument("--warmup", type=int, default=2, help="optimizer steps before the timed ones")
-    parser.add_argument("--steps", type=int, default=4, help="timed optimizer steps")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows of an optimizer step")
-    parser.add_argument("--micro-batch", type=int, default=8, help="rows that peers compute at a time")
-    parser.add_argument("--negatives", type=int, default=4, help="rejected completions a row, for CPO without --data")
+    parser.add_argument("--warmup", type=workload.positive, default=2, help="optimizer steps before the timed ones")
+    parser.add_argument("--steps", type=workload.positive, default=4, help="timed optimizer steps")
+    parser.add_argument("--batch-size", type=workload.positive, default=8, help="rows of an optimizer step")
+    parser.add_argument("--micro-batch", type=workload.positive, default=8, help="rows that peers compute at a time")
+    parser.add_argument(
+        "--negatives", type=workload.positive, default=4, help="rejected completions a row, for CPO without --data"
+    )
     parser.add_argument("--equal-lengths", action="store_true")
     parser.add_argument("--seconds", type=float, default=600, help="limit of one run")
     parser.add_argument("--only", help="only variants of peers that have this in their name, as 'batch 8'")
@@ -327,4 +329,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    workload.script(main)

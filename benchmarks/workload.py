@@ -19,7 +19,10 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import resource
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from arabic_qwen.config import METHOD_CONFIGS, BaseConfig
 from arabic_qwen.data.packing import Completion, Group
+from arabic_qwen.errors import TrainingError
 from arabic_qwen.models.loading import load_tokenizer
-from arabic_qwen.models.sources import EMBEDDED_MODEL, resolve_model_name
+from arabic_qwen.models.sources import EMBEDDED_MODEL, locate_configuration
 from arabic_qwen.plan.gpus import gpu_named
 from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.sampler import Sequences, StepSampler
@@ -49,11 +53,36 @@ TINY = 50e6  # parameters below which a model gets an eighth of the lengths
 LONGEST = 1024  # tokens of a prompt, and of a completion
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def setting(text: str) -> str:
+    """A setting as argparse takes it."""
+    if not re.fullmatch(r"\w+=.*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return text
+
+
+def script(main: Callable[[], Any]) -> None:
+    """Run a benchmark's `main`; what the package refuses is a message, not a traceback."""
+    try:
+        sys.exit(main())
+    except TrainingError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=EMBEDDED_MODEL)
-    parser.add_argument("--shape", choices=SHAPES, help="instead of --model: random weights in a Qwen2.5 shape")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", default=EMBEDDED_MODEL)
+    model.add_argument("--shape", choices=SHAPES, help="instead of --model: random weights in a Qwen2.5 shape")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of ours")
+    parser.add_argument(
+        "--set", action="append", type=setting, default=[], metavar="KEY=VALUE", help="a setting of ours"
+    )
 
 
 def write_model(shape: str, folder: str) -> str:
@@ -81,7 +110,7 @@ def write_model(shape: str, folder: str) -> str:
 
 
 def model_config(name: str) -> Any:
-    return AutoConfig.from_pretrained(resolve_model_name(name))
+    return AutoConfig.from_pretrained(locate_configuration(name))
 
 
 def count_weights(config: Any) -> int:

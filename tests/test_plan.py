@@ -254,6 +254,28 @@ def test_gpus_by_the_name_that_drivers_give(name, known):
     assert found and found.peak == gpus.GPUS[known].peak if known else found is None
 
 
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        *((name, name) for name in gpus.GPUS),
+        ("3060", "RTX 3060"),
+        ("rtx4090", "RTX 4090"),
+        ("A100", "A100 80GB"),
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA L4", "L4"),
+    ],
+)
+def test_gpus_by_the_name_that_users_give(name, key):
+    assert gpus.known(name) == key
+
+
+@pytest.mark.parametrize("name", ["", "0", "a", "rtx 309", "RTX 4090 Laptop", "A10 Ti"])
+def test_a_part_of_a_word_is_no_gpu(name):
+    with pytest.raises(ConfigurationError, match=r"--gpu: .* is unknown"):
+        gpus.known(name)
+
+
 def test_as_a_verb(seven, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pairs(seven).to_yaml("dpo.yaml")

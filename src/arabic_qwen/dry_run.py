@@ -128,14 +128,16 @@ def _cost_lines(engine: PackedTrainer, config: BaseConfig) -> list[str]:
     ]
     if measured.resident is None or measured.peak is None:
         return [*lines, "memory     this system does not tell what is used"]
+    gradients = sum(parameter.nbytes for parameter in engine.model.parameters() if parameter.requires_grad)
     optimizer = moment_bytes(engine.model, config.optim == "adamw_8bit")
     largest = max(len(batch.input_ids) for batch in first.batches)
-    growing = (measured.peak - measured.resident) * max(1.0, largest / measured.tokens)
+    growing = max(0, measured.peak - measured.resident - gradients) * max(1.0, largest / measured.tokens)
+    total = measured.resident + gradients + growing + optimizer
     return [
         *lines,
-        f"memory     about {_gigabytes(measured.resident + growing + optimizer)}: {_gigabytes(measured.resident)} before "
-        f"a step, {_gigabytes(growing)} activations and gradients of {largest:,} tokens (from {measured.tokens:,} "
-        f"measured), {_gigabytes(optimizer)} optimizer",
+        f"memory     about {_gigabytes(total)}: {_gigabytes(measured.resident)} before a step, {_gigabytes(growing)} "
+        f"activations of {largest:,} tokens (from {measured.tokens:,} measured), {_gigabytes(gradients + optimizer)} "
+        "gradients and optimizer",
     ]
 
 

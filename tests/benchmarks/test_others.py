@@ -1,5 +1,6 @@
 """The benchmarks beside throughput.py, on tiny data in this process."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -59,6 +60,29 @@ def test_a_point_that_does_not_fit_is_one(monkeypatch, tmp_path, capsys):
         ("cpo", "1", ""),
     ]
     assert "| length | sft | 32 | out of memory | | |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        ("throughput --method dpo --warmup 0", "--warmup: '0' is not a whole number of at least 1"),
+        ("throughput --method dpo --set x", "--set: 'x' is not KEY=VALUE"),
+        ("throughput --method dpo --shape 7b --model x", "not allowed with argument --"),
+        ("scaling --lengths 8,0", "--lengths: '0' is not a whole number"),
+        ("scaling --ratios 1-1", "--ratios: '1-1' are not ratios as 2:1,1:2"),
+        ("profile_kernels --method xyz", "invalid choice: 'xyz'"),
+        ("profile_kernels --method sft --model ./none", "profile_kernels.py: ./none: the folder does not exist"),
+        ("fp8_quality --setting lorar=8", "lorar: unknown key of SFTConfig; did you mean 'lora_r'?"),
+    ],
+)
+def test_wrong_arguments_are_a_message(monkeypatch, capsys, arguments, reason):
+    import workload
+
+    name, *values = arguments.split()
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *values])
+    with pytest.raises(SystemExit) as ended:
+        workload.script(importlib.import_module(name).main)
+    assert reason in f"{ended.value}{capsys.readouterr().err}"
 
 
 def test_a_step_by_class_of_kernel(monkeypatch, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,10 @@ _FP8 = 1.26  # times as fast; measured on an H100, DPO and SFT
 _SMALLEST = 1e8  # parameters: the time of smaller models is not that of their products
 _NF4 = 0.8  # assumed: weights are expanded in each product
 _NOT_COMPILED = 0.65  # assumed: each operation reads and writes the activations
+
+
+#: Raises ConfigurationError where training would refuse a configuration on a device.
+Check = Callable[[BaseConfig, Gpu], None]
 
 
 class Faster(NamedTuple):
@@ -100,8 +104,8 @@ def plan(config: BaseConfig, gpus: Sequence[str] = ()) -> Plan:
     reference = _shape(other, _configuration_of(other)[1], frozen, torch.float32) if other else None
     run = _Run(config, mix, model_config, reference, {})
     name, here = this_device()
-    devices = [run.estimate(name, here, message(check_here, config, here))]
-    devices += [run.estimate(name, GPUS[name], message(check_on, config, GPUS[name])) for name in names]
+    devices = [run.estimate(name, here, check_here)]
+    devices += [run.estimate(name, GPUS[name], check_on) for name in names]
     return Plan(config.model_name, _has_weights(path), run.shape_on(GPUS[names[0]]), mix, devices)
 
 
@@ -236,14 +240,15 @@ class _Run:
         parts = self.memory(gpu, max(fit.token_budget, self.mix.longest), fit.recomputed)
         return fit._replace(peak=parts.total), parts
 
-    def estimate(self, name: str, gpu: Gpu, refusal: str) -> Estimate:
+    def estimate(self, name: str, gpu: Gpu, check: Check) -> Estimate:
         compiled, dtype = self.compiled(gpu), dtype_there(self.config, gpu)
+        refusal = message(check, self.config, gpu)
         found = Estimate(name, gpu.memory, gpu.limit, *self.fit(gpu), compiled, dtype, refusal)
         if found.fits and self._rate(gpu):
             found.tokens_per_s, found.seconds = self._speed(gpu, found.fit.recomputed)
-            found.faster = self._faster(gpu, found.seconds)
+            found.faster = self._faster(gpu, found.seconds, check)
         elif found.parts.total > gpu.limit:
-            found.changes = self._changes(gpu)
+            found.changes = self._changes(gpu, check)
         return found
 
     def _speed(self, gpu: Gpu, recomputed: int) -> tuple[float, float]:
@@ -252,11 +257,11 @@ class _Run:
         rate = self._rate(gpu)
         return rate * self.mix.tokens / step, (self.tokens or 1e6) / self.mix.tokens * (step + before) / rate
 
-    def _faster(self, gpu: Gpu, seconds: float) -> list[Faster]:
+    def _faster(self, gpu: Gpu, seconds: float, check: Check) -> list[Faster]:
         found = []
         for update in faster(self.config):
             run = self._with([update])
-            if run.is_valid and run.fits(gpu) and not message(check_on, run.config, gpu):
+            if run.is_valid and run.fits(gpu) and not message(check, run.config, gpu):
                 _, needed = run._speed(gpu, run.fit(gpu)[0].recomputed)
                 if needed < 0.97 * seconds:
                     found.append(Faster(setting(update), needed))
@@ -288,13 +293,14 @@ class _Run:
         precomputed = getattr(self.config, "precompute_reference", False)
         return (step, reference / mix.epochs) if precomputed else (step + reference, 0.0)
 
-    def _changes(self, gpu: Gpu) -> list[Change]:
+    def _changes(self, gpu: Gpu, check: Check) -> list[Change]:
         """What to change until it fits, the cheapest first, each on top of those before."""
         chosen: list[dict[str, Any]] = []
+        known = ("", message(check, self.config, gpu))
         for remedy in remedies(self.config, self.mix, gpu.is_gpu):
             run, changed = self._with(chosen), self._with([*chosen, remedy])
             enough = changed.fits(gpu) or changed.least(gpu) <= 0.95 * run.least(gpu)
-            if not changed.is_valid or not enough:
+            if not changed.is_valid or not enough or message(check, changed.config, gpu) not in known:
                 continue
             chosen.append(remedy)
             if changed.fits(gpu):

@@ -50,13 +50,13 @@ GPUS = {
 SHOWN = ("RTX 3060", "RTX 4090", "A100 80GB", "H100 80GB")
 
 # Words that drivers add to the names of the GPUs above. Any other word, as PCIe, Ti or Laptop, makes it another GPU.
-_ADDED = re.compile(r"NVIDIA|GeForce|SXM\d|HBM\w+|\d+GB")
+_ADDED = re.compile(r"nvidia|geforce|sxm\d|hbm\w+")
 
 
 def known(name: str) -> str:
-    """The key of :data:`GPUS` that `name` is, or is a part of. Raises ConfigurationError where there is none."""
-    wanted = name.lower().replace(" ", "")
-    found = [key for key in GPUS if wanted and wanted in key.lower().replace(" ", "")]
+    """The key of :data:`GPUS` that has all words of `name`. Raises ConfigurationError where there is none."""
+    found = [key for key in GPUS if key.lower().replace(" ", "") == name.lower().replace(" ", "")]
+    found = found or [key for key in GPUS if _words(name) and _words(name) <= _words(key)]
     if not found:
         close = difflib.get_close_matches(name, GPUS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(GPUS)}"
@@ -66,12 +66,16 @@ def known(name: str) -> str:
 
 def gpu_named(name: str) -> Gpu | None:
     """The GPU that a driver calls so, as "NVIDIA H100 80GB HBM3"; None: it is not in the table."""
-    words = _own_words(name)
-    return next((gpu for key, gpu in reversed(GPUS.items()) if _own_words(key) == words), None)
+    words = _without_size(name)
+    return next((gpu for key, gpu in reversed(GPUS.items()) if _without_size(key) == words), None)
 
 
-def _own_words(name: str) -> set[str]:
-    return {word for word in re.split("[ -]", name) if not _ADDED.fullmatch(word)}
+def _words(name: str) -> set[str]:
+    return {word for word in re.split("[ -]+", name.lower()) if word and not _ADDED.fullmatch(word)}
+
+
+def _without_size(name: str) -> set[str]:
+    return {word for word in _words(name) if not word.endswith("gb")}
 
 
 def this_device() -> tuple[str, Gpu]:
