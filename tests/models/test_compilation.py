@@ -123,16 +123,17 @@ def test_what_is_compiled_by_the_model(tiny_model, counter, monkeypatch):
     assert not worthwhile(SFTConfig(), model, tokens)
 
 
-def test_each_model_has_room_for_its_variants(tiny_model, counter, monkeypatch):
+def test_each_model_has_room_for_its_variants(tiny_model, counter):
     """torch.compile counts those of all models of a class together."""
-    limit = torch._dynamo.config.recompile_limit
-    for name in ("recompile_limit", "accumulated_recompile_limit"):
-        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
-    for _ in range(3):
-        model = tiny_model("qwen2")
-        enable_packed_forward(model)
-        compile_packed(model)
-    assert torch._dynamo.config.recompile_limit == limit + 3 * compilation._VARIANTS
+    config = torch._dynamo.config
+    limit, in_all = config.recompile_limit, config.accumulated_recompile_limit
+    with config.patch(recompile_limit=limit, accumulated_recompile_limit=in_all):  # and back
+        for _ in range(3):
+            model = tiny_model("qwen2")
+            enable_packed_forward(model)
+            compile_packed(model)
+        assert config.recompile_limit == limit + 3 * compilation._VARIANTS
+        assert config.accumulated_recompile_limit == in_all + 3 * compilation._VARIANTS
 
 
 def test_what_cannot_be_compiled(tiny_model):
