@@ -73,13 +73,7 @@ def _fused(logits: torch.Tensor, targets: torch.Tensor, with_difference: bool) -
 
 @functools.cache
 def _compiled() -> Callable:
-    fused = torch.compile(_fused, dynamic=True)
-
-    def scores(logits: torch.Tensor, *args) -> tuple:
-        torch._dynamo.mark_static(logits, 1)  # rows of unknown length would be read two bytes at a time
-        return fused(logits, *args)
-
-    return scores
+    return torch.compile(_fused, dynamic=True)
 
 
 class _TokenLogps(torch.autograd.Function):
