@@ -58,7 +58,6 @@ def configuration(name: str, setting: dict[str, Any], args: argparse.Namespace) 
 def train(config: BaseConfig) -> dict[str, Any]:
     """Training loss of every step, held-out loss by step, and tokens/s of the steps after the first quarter."""
     trainer = BaseTrainer(config)
-    trainer.setup_lora()  # which converts the base
     before = trainer.evaluate()["eval_loss"]
     trainer.trainer = None
     trainer.train()

@@ -122,13 +122,14 @@ class TestSetup:
         trainable = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
         assert trainable and all("lora_" in name for name in trainable)
 
-    def test_earlier_callers_of_the_steps_may_still_train(self, config):
+    def test_earlier_callers_of_the_steps_may_still_train(self, config, caplog):
         trainer = BaseTrainer(config)
         trainer.setup_model_and_tokenizer()
         trainer.setup_lora()
         model = trainer.model
         trainer.train()
         assert trainer.model is model
+        assert "has adapters" not in caplog.text
 
     def test_data(self, config):
         dataset = BaseTrainer(config).load_and_validate_dataset()
@@ -427,7 +428,7 @@ class TestSavingAndLoading:
 class TestStages:
     @pytest.mark.parametrize("second", ["adapter", "full"])
     @pytest.mark.parametrize("first", ["adapter", "merged", "full"])
-    def test_second_stage_starts_where_the_first_ended(self, config, tmp_path, first, second):
+    def test_second_stage_starts_where_the_first_ended(self, config, tmp_path, caplog, first, second):
         config.merge_and_save, config.use_lora = first == "merged", first != "full"
         stage1 = create_sft_trainer(config)
         stage1.train()
@@ -437,6 +438,7 @@ class TestStages:
         assert stage2.evaluate()["eval_loss"] == pytest.approx(stage1.metrics["eval_loss"], abs=1e-4)
         stage2.train()
         assert stage2.metrics["eval_loss"] != stage1.metrics["eval_loss"]
+        assert ("has adapters, which training goes on with" in caplog.text) == (first == second == "adapter")
         loaded = BaseTrainer(SFTConfig(model_name="unused", torch_dtype="float32"))
         loaded.load_model(str(tmp_path / "stage2"))
         rows = config.dataset_path

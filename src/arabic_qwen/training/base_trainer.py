@@ -215,6 +215,8 @@ class BaseTrainer(GenerationMixin):
         self._model_is_trainable = trainable
         if trainable:
             self._start = self._source
+            if isinstance(self.model, PeftModel):
+                self.logger.warning("%s has adapters, which training goes on with; lora_* are theirs", self._source)
         self._setup_padding_token()
         self.model.generation_config.eos_token_id = stop_token_ids(self.tokenizer)
         self.model.generation_config.pad_token_id = self.tokenizer.pad_token_id
@@ -258,10 +260,8 @@ class BaseTrainer(GenerationMixin):
             ConfigurationError: `lora_target_modules` names layers that the model lacks.
         """
         self.setup_model_and_tokenizer()
-        if isinstance(self.model, PeftModel):
-            self.logger.warning("%s has adapters, which training goes on with; lora_* are theirs", self._source)
-            return
-        self.model = adapters.add_lora(self.model, self.config)
+        if not isinstance(self.model, PeftModel):
+            self.model = adapters.add_lora(self.model, self.config)
 
     def get_data_loader(self) -> DataLoader:
         """The data loader of the training method; methods that are not ours read supervised data."""
@@ -426,7 +426,7 @@ class BaseTrainer(GenerationMixin):
         """
         self.setup_model_and_tokenizer()
         adapts = self.config.use_lora and self._model_is_trainable  # as train() will, which may convert the base
-        if (adapts or getattr(self.model, "is_quantized", False)) and not isinstance(self.model, PeftModel):
+        if adapts or getattr(self.model, "is_quantized", False):
             self.setup_lora()  # Trainer takes no purely quantised model; new adapters change nothing
         split: Any = eval_dataset
         if eval_dataset is None:
