@@ -177,6 +177,17 @@ def test_micro_batches_hold_every_group_once(given_groups, token_budget):
     )
 
 
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(40, 200))
+def test_micro_batches_are_about_equally_large(lengths, token_budget):
+    batches = micro_batches([Group(np.zeros(length, dtype=np.int32), ()) for length in lengths], token_budget)
+    sums = [sum(group.num_tokens for group in batch) for batch in batches]
+    bins = [sum(lengths[i] for i in members) for members in best_fit_decreasing(lengths, token_budget)]
+    assert max(sums) - min(sums) <= max(max(lengths), max(bins) - min(bins))
+    room = token_budget - sum(lengths) / len(batches)
+    if room >= max(lengths):  # the last item of the largest was put where there was least
+        assert max(sums) - min(sums) <= max(lengths)
+
+
 def test_moving_a_batch_keeps_all_of_it():
     prompt, ids = np.array([1, 2], dtype=np.int32), np.array([3], dtype=np.int32)
     batch = pack([Group(prompt, (Completion(ids, np.array([True])),) * 2)])

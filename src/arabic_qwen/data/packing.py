@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -210,6 +211,24 @@ def with_mismatched(group: Group, own: bool) -> Group:
 
 
 def micro_batches(groups: Sequence[Group], token_budget: int) -> list[list[Group]]:
-    """Cut groups into few batches of at most `token_budget` tokens, `mismatched` too; a longer group stands alone."""
+    """Cut groups into few batches of at most `token_budget` tokens, `mismatched` too; a longer group stands alone.
+
+    Where that keeps the budget they are about equally large, for a small last one would leave a GPU idle.
+    """
     lengths = [group.num_budgeted for group in groups]
-    return [[groups[i] for i in sorted(members)] for members in best_fit_decreasing(lengths, token_budget)]
+    bins = best_fit_decreasing(lengths, token_budget)
+    even = _longest_to_emptiest(lengths, len(bins))
+    if all(sum(lengths[i] for i in members) <= token_budget for members in even):
+        bins = even
+    return [[groups[i] for i in sorted(members)] for members in bins]
+
+
+def _longest_to_emptiest(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Indices of the items in `count` bins of about equal sums (Graham 1969, longest processing time first)."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    sums = [(0, index) for index in range(count)]
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        total, index = sums[0]
+        bins[index].append(item)
+        heapq.heapreplace(sums, (total + lengths[item], index))
+    return bins
