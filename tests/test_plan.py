@@ -267,10 +267,18 @@ def test_gpus_by_the_name_that_drivers_give(name, known):
     ],
 )
 def test_gpus_by_the_name_that_users_give(name, key):
-    assert gpus.known(name) == key
+    assert gpus.known(name) == (key, gpus.GPUS[key])
 
 
-@pytest.mark.parametrize("name", ["", "0", "a", "rtx 309", "RTX 4090 Laptop", "A10 Ti"])
+@pytest.mark.parametrize("size", ["16GB", "16 gb"])
+def test_other_gpus_by_their_memory(seven, size):
+    name, gpu = gpus.known(size)
+    assert name == "16 GB" and 16e9 < gpu.memory < 16 * 2**30
+    (card,) = estimate.plan(pairs(seven, load_in_4bit=True), [size]).devices[1:]
+    assert card.fits and card.seconds is None  # its speed is not known
+
+
+@pytest.mark.parametrize("name", ["", "0", "0GB", "a", "rtx 309", "RTX 4090 Laptop", "A10 Ti"])
 def test_a_part_of_a_word_is_no_gpu(name):
     with pytest.raises(ConfigurationError, match=r"--gpu: .* is unknown"):
         gpus.known(name)

@@ -14,7 +14,7 @@ from arabic_qwen.data.packing import Completion, Group, pack
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models import attention, compilation, logps, scoring
 from arabic_qwen.models.adapters import add_lora
-from arabic_qwen.models.compilation import compile_packed, worthwhile
+from arabic_qwen.models.compilation import compile_packed, should_compile
 from arabic_qwen.models.scoring import enable_packed_forward
 from tests.models.test_scoring import with_lora
 
@@ -109,18 +109,18 @@ def test_the_reference_and_generation_are_not_touched(tiny_model, counter):
 )
 def test_short_runs_do_not_pay(tiny_model, counter, monkeypatch, setting, tokens, expected):
     monkeypatch.setattr(compilation, "flash_runs", lambda device, dtype: True)
-    assert worthwhile(SFTConfig(torch_compile=setting), tiny_model("qwen2"), tokens) is expected
+    assert should_compile(SFTConfig(torch_compile=setting), tiny_model("qwen2"), tokens) is expected
 
 
 def test_what_is_compiled_by_the_model(tiny_model, counter, monkeypatch):
     monkeypatch.setattr(compilation, "flash_runs", lambda device, dtype: True)
     adapted = add_lora(tiny_model("qwen2"), SFTConfig(use_dora=True))
-    assert not worthwhile(SFTConfig(), adapted, 1e20)  # DoRA of an earlier run
+    assert not should_compile(SFTConfig(), adapted, 1e20)  # DoRA of an earlier run
     model = add_lora(tiny_model("qwen2"), SFTConfig())
-    tokens = 1.5 * compilation._WORTHWHILE / model.num_parameters()
-    assert worthwhile(SFTConfig(), model, tokens)
+    tokens = 1.5 * compilation._PAYS_FROM / model.num_parameters()
+    assert should_compile(SFTConfig(), model, tokens)
     monkeypatch.setattr(compilation, "second_copies", lambda model: model.num_parameters() // 2)
-    assert not worthwhile(SFTConfig(), model, tokens)
+    assert not should_compile(SFTConfig(), model, tokens)
 
 
 def test_each_model_has_room_for_its_variants(tiny_model, counter):
@@ -137,9 +137,9 @@ def test_each_model_has_room_for_its_variants(tiny_model, counter):
 
 
 def test_what_cannot_be_compiled(tiny_model):
-    assert not worthwhile(SFTConfig(), tiny_model("qwen2"), 1e20)  # on a processor
+    assert not should_compile(SFTConfig(), tiny_model("qwen2"), 1e20)  # on a processor
     with pytest.raises(ConfigurationError, match=r"torch_compile: needs a GPU .*; set it to auto or false"):
-        worthwhile(SFTConfig(torch_compile=True), tiny_model("qwen2"), 1e20)
+        should_compile(SFTConfig(torch_compile=True), tiny_model("qwen2"), 1e20)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="its code for processors rounds as it likes")

@@ -213,7 +213,7 @@ class TestOtherModels:
 
         for module in (compilation, reference_module):
             monkeypatch.setattr(module, "compile_packed", compile_packed)
-        monkeypatch.setattr(compilation, "worthwhile", lambda *args: True)
+        monkeypatch.setattr(compilation, "should_compile", lambda *args: True)
         trainer = ready(preference_config("dpo", model_dir, pairs, tmp_path, use_lora=False), seed=None)
         with trainer.trainer.reference(trainer.model) as frozen:
             assert compiled == [trainer.model, frozen]

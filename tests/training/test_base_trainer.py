@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import types
 from pathlib import Path
 from typing import get_args
@@ -353,6 +354,17 @@ class TestTrain:
         with caplog.at_level(logging.WARNING):
             BaseTrainer(config).train()
         assert ("learning_rate: 0.0002 suits adapters" in caplog.text) == said
+
+    @pytest.mark.parametrize(("length", "factor", "said"), [(64, 1.0, False), (65, 1.0, True), (128, 2.0, False)])
+    def test_longer_than_the_model_was_made_for(self, config, model_dir, tmp_path, caplog, length, factor, said):
+        shutil.copytree(model_dir, tmp_path / "short")
+        path = tmp_path / "short" / "config.json"
+        rope = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": factor}
+        settings = json.loads(path.read_text()) | {"max_position_embeddings": 64, "rope_parameters": rope}
+        path.write_text(json.dumps(settings))
+        config.model_name, config.max_seq_length = str(tmp_path / "short"), length
+        BaseTrainer(config).prepare()
+        assert ("short was made for 64 tokens, and longer examples come out wrong" in caplog.text) == said
 
     def test_bf16_without_support(self, config, monkeypatch):
         monkeypatch.setattr("arabic_qwen.models.precision._processor_has_bf16", lambda: False)

@@ -25,11 +25,11 @@ _RECOMPUTED_OUTSIDE = "__call__" in vars(GradientCheckpointingLayer)
 _VARIANTS = 64
 
 # Parameters × tokens of a run that pays for compiling: some minutes on an H100, of which a quarter is saved.
-_WORTHWHILE = 2e16
+_PAYS_FROM = 2e16
 
 
-def worthwhile(config: BaseConfig, model: Any, tokens: float) -> bool:
-    """Whether to compile for a run over so many tokens: as `torch_compile` says; auto: where flash attention runs.
+def should_compile(config: BaseConfig, model: Any, tokens: float) -> bool:
+    """Whether to compile for a run over so many tokens: as `torch_compile` says; auto: where it runs and pays.
 
     Raises:
         ConfigurationError: `torch_compile` is true where layers cannot be compiled.
@@ -45,11 +45,11 @@ def worthwhile(config: BaseConfig, model: Any, tokens: float) -> bool:
 
 
 def pays(config: BaseConfig, parameters: int, tokens: float) -> bool:
-    """:func:`worthwhile` on a GPU that has flash attention."""
+    """Whether compiling pays, as `torch_compile` says; auto: for long runs of what compiles well."""
     if config.torch_compile != "auto":
         return config.torch_compile
     unusual = config.deepspeed or config.use_dora or config.load_in_8bit
-    return not unusual and parameters * tokens > _WORTHWHILE
+    return not unusual and parameters * tokens > _PAYS_FROM
 
 
 def check_compilable(config: BaseConfig, flash: bool) -> None:
@@ -70,13 +70,15 @@ def compile_packed(model: Any) -> None:
     Args:
         model: with :func:`arabic_qwen.models.scoring.enable_packed_forward`, or a PEFT wrapper around one.
     """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(base, "compiled", False):
+        return
     torch._dynamo.config.recompile_limit += _VARIANTS
     torch._dynamo.config.accumulated_recompile_limit += _VARIANTS
     # Fused operations round as single ones do: else the passes with and without adapters would round at other places, and
     # policy and reference differ before the first step, in 8-bit floating point by several nats a completion. What is left
     # is the order of sums.
     torch._inductor.config.emulate_precision_casts = True
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for layer in decoder_layers(model):
         layer.forward = types.MethodType(_dispatching(type(layer)), layer)  # type: ignore[arg-type]
     base.compiled = True

@@ -86,7 +86,7 @@ class Plan:
 
 
 def plan(config: BaseConfig, gpus: Sequence[str] = ()) -> Plan:
-    """Estimate a run on this machine and on `gpus` (names as in :data:`GPUS`; none: a choice).
+    """Estimate a run on this machine and on `gpus` (names as in :data:`GPUS`, or sizes as 16GB; none: a choice).
 
     Raises:
         ConfigurationError: a GPU is unknown, `lora_target_modules` names layers that the model lacks, or settings
@@ -94,7 +94,7 @@ def plan(config: BaseConfig, gpus: Sequence[str] = ()) -> Plan:
         ModelLoadError: the config.json of the model or of its reference cannot be found, or it cannot be trained.
         DatasetError: the data is here, but cannot be trained on.
     """
-    names = [known(name) for name in gpus] or list(SHOWN)
+    others = [known(name) for name in gpus or SHOWN]
     check_on(config, GPUS["H200"])  # what the newest refuses, all do
     path, model_config = _configuration_of(config.model_name)
     mix = mix_of(config)
@@ -105,8 +105,8 @@ def plan(config: BaseConfig, gpus: Sequence[str] = ()) -> Plan:
     run = _Run(config, mix, model_config, reference, {})
     name, here = this_device()
     devices = [run.estimate(name, here, check_here)]
-    devices += [run.estimate(name, GPUS[name], check_on) for name in names]
-    return Plan(config.model_name, _has_weights(path), run.shape_on(GPUS[names[0]]), mix, devices)
+    devices += [run.estimate(name, gpu, check_on) for name, gpu in others]
+    return Plan(config.model_name, _has_weights(path), run.shape_on(others[0][1]), mix, devices)
 
 
 def _configuration_of(name: str) -> tuple[str, Any]:
@@ -248,7 +248,7 @@ class _Run:
             found.tokens_per_s, found.seconds = self._speed(gpu, found.fit.recomputed)
             found.faster = self._faster(gpu, found.seconds, check)
         elif found.parts.total > gpu.limit:
-            found.changes = self._changes(gpu, check)
+            found.changes = self._changes(gpu, check, refusal)
         return found
 
     def _speed(self, gpu: Gpu, recomputed: int) -> tuple[float, float]:
@@ -293,14 +293,13 @@ class _Run:
         precomputed = getattr(self.config, "precompute_reference", False)
         return (step, reference / mix.epochs) if precomputed else (step + reference, 0.0)
 
-    def _changes(self, gpu: Gpu, check: Check) -> list[Change]:
-        """What to change until it fits, the cheapest first, each on top of those before."""
+    def _changes(self, gpu: Gpu, check: Check, refusal: str) -> list[Change]:
+        """What to change until it fits, the cheapest first, each on top of those before; `refusal`: of what is given."""
         chosen: list[dict[str, Any]] = []
-        known = ("", message(check, self.config, gpu))
         for remedy in remedies(self.config, self.mix, gpu.is_gpu):
             run, changed = self._with(chosen), self._with([*chosen, remedy])
             enough = changed.fits(gpu) or changed.least(gpu) <= 0.95 * run.least(gpu)
-            if not changed.is_valid or not enough or message(check, changed.config, gpu) not in known:
+            if not changed.is_valid or not enough or message(check, changed.config, gpu) not in ("", refusal):
                 continue
             chosen.append(remedy)
             if changed.fits(gpu):

@@ -13,6 +13,7 @@ from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.training.fitting import USABLE
 
 _CONTEXT = 0.5e9  # bytes that CUDA takes for itself
+_GIGABYTE = 1.05e9  # bytes, as GPUs are sold: 2^30, less what error correction and firmware take
 
 
 class Gpu(NamedTuple):
@@ -53,15 +54,22 @@ SHOWN = ("RTX 3060", "RTX 4090", "A100 80GB", "H100 80GB")
 _ADDED = re.compile(r"nvidia|geforce|sxm\d|hbm\w+")
 
 
-def known(name: str) -> str:
-    """The key of :data:`GPUS` that has all words of `name`. Raises ConfigurationError where there is none."""
+def known(name: str) -> tuple[str, Gpu]:
+    """The GPU of :data:`GPUS` that has all words of `name`; or any, by its memory, as "16GB".
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    if size := re.fullmatch(r"([1-9]\d*) ?gb", name.lower()):
+        return f"{size[1]} GB", Gpu(int(size[1]) * _GIGABYTE, 0.0, 0.0, (8, 0))
     found = [key for key in GPUS if key.lower().replace(" ", "") == name.lower().replace(" ", "")]
     found = found or [key for key in GPUS if _words(name) and _words(name) <= _words(key)]
     if not found:
         close = difflib.get_close_matches(name, GPUS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(GPUS)}"
+        hint += "; of others give the memory, as 16GB"
         raise ConfigurationError(f"--gpu: {name!r} is unknown; {hint}")
-    return found[-1]
+    return found[-1], GPUS[found[-1]]
 
 
 def gpu_named(name: str) -> Gpu | None:

@@ -185,11 +185,24 @@ class BaseTrainer(GenerationMixin):
                 "learning_rate: %g suits adapters; all weights usually take 1e-5", self.config.learning_rate
             )
         self.dataset = dataset = self.load_and_validate_dataset()
+        self._check_positions()
         training_args = self.get_training_arguments()
         callbacks = self.get_callbacks()
         trainer = self.create_trainer(dataset, training_args, callbacks)
         trainer.remove_callback(PrinterCallback)  # ProgressDisplay has said it
         return trainer, dataset
+
+    def _check_positions(self) -> None:
+        """Warn where examples may be longer than what the model was made for."""
+        rope = getattr(self.model.config, "rope_parameters", None) or {}
+        positions = self.model.config.max_position_embeddings * rope.get("factor", 1)
+        if self.data_loader and self.data_loader.max_tokens > positions:
+            self.logger.warning(
+                "%s: %s was made for %d tokens, and longer examples come out wrong; lower it to that",
+                self.data_loader.length_key,
+                self._source,
+                positions,
+            )
 
     def setup_model_and_tokenizer(self) -> None:
         """Load model and tokenizer as `model_name`, precision and quantisation say; nothing if they are there.
@@ -332,7 +345,7 @@ class BaseTrainer(GenerationMixin):
             raise ConfigurationError(
                 f"metric_for_best_model: {config.metric_for_best_model!r} is not measured; choose from {', '.join(known)}"
             )
-        if compilation.worthwhile(config, self.model, planned_tokens(config, dataset)):
+        if compilation.should_compile(config, self.model, planned_tokens(config, dataset)):
             compilation.compile_packed(self.model)
         reference = None
         if objective.needs_reference:
