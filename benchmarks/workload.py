@@ -85,10 +85,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def write_model(shape: str, folder: str) -> str:
-    """Write a model of this shape with random bfloat16 weights, and the embedded model's tokenizer; its folder."""
+def shape_config(shape: str) -> Qwen2Config:
     hidden, intermediate, layers, heads, key_heads, vocabulary, tied = SHAPES[shape]
-    config = Qwen2Config(
+    return Qwen2Config(
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
@@ -98,9 +97,13 @@ def write_model(shape: str, folder: str) -> str:
         tie_word_embeddings=tied,
         max_position_embeddings=32768,
     )
+
+
+def write_model(shape: str, folder: str) -> str:
+    """Write a model of this shape with random bfloat16 weights, and the embedded model's tokenizer; its folder."""
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(shape_config(shape), dtype=torch.bfloat16)
     path = Path(folder, f"qwen2.5-{shape}-random")
     model.save_pretrained(path)
     del model

@@ -211,7 +211,7 @@ def test_sliding_windows_are_refused(seven):
 
 def test_lengths_that_are_advised_cut_something(seven, monkeypatch):
     """Examples of up to 5,421 tokens: a limit of 8,192 would change nothing."""
-    mix = Mix(900, 600, 1e6, gathered=0, longest=5421, completions=1, step=21684, epochs=3)
+    mix = Mix(900, 900, 600, 1e6, gathered=0, longest=5421, completions=1, step=21684, epochs=3)
     monkeypatch.setattr(estimate, "mix_of", lambda config: mix)
     config = SFTConfig(model_name=str(seven), max_seq_length=16384, load_in_4bit=True, lora_r=8)
     for memory, advised in ((8.6e9, "max_seq_length=4096"), (8.0e9, "max_seq_length=2048")):
@@ -293,7 +293,7 @@ def test_as_a_verb(seven, tmp_path, monkeypatch, capsys):
     assert "not read (data/training.jsonl: does not exist" in text
     for part in (
         "time: training steps and a precomputed reference only",
-        "less time on H100 80GB: base_precision=fp8 (−21%)",
+        "less time on H100 80GB: base_precision=fp8 (−17%)",
         "RTX 3060",
         "weights",
         "█",

@@ -1,5 +1,6 @@
 """The benchmarks beside throughput.py, on tiny data in this process."""
 
+import argparse
 import importlib
 import json
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from arabic_qwen.errors import TrainingError
+from arabic_qwen.plan import estimate
+from arabic_qwen.plan.data import Mix, examples_of
 
 
 def call(module, monkeypatch, *arguments):
@@ -182,3 +185,24 @@ def test_tables_of_the_page_are_written_from_results(monkeypatch, tmp_path):
     new = tables.filled(page)
     assert "| dpo | trl | padded, batch 8 | 3,000 | 3.0× | 5.0 | 50.0% | 0.69 | 0.1 |" in new
     assert "old" not in new and new.endswith("<!-- end -->\nafter\n") and tables.filled(new) == new
+
+
+@pytest.mark.parametrize("file", ["h100-7b-sft.json", "h100-7b-dpo.json", "h100-7b-methods.json"])
+def test_plan_says_what_was_measured(monkeypatch, tmp_path, file):
+    import workload
+
+    workload.shape_config("7b").save_pretrained(tmp_path)
+    report = json.loads((Path(workload.__file__).parent / "results" / file).read_text())
+    args = argparse.Namespace(**report["settings"] | {"model": str(tmp_path)})
+    for run in (run for run in report["runs"] if run["peer"].startswith("ours")):
+        config = workload.configuration(run["method"], args, str(tmp_path), per_device_train_batch_size=args.batch_size)
+        groups = workload.in_training_order(config, workload.load_groups(config, args))
+        timed = groups[args.warmup * args.batch_size :]
+        step = sum(group.num_budgeted for group in timed) // args.steps
+        mix = Mix(**examples_of(timed), step=step, epochs=1.0, steps=args.steps, examples_a_step=args.batch_size)
+        monkeypatch.setattr(estimate, "mix_of", lambda config, mix=mix: mix)
+        precision = "fp8" if run["peer"] == "ours-fp8" else None
+        update = {"torch_dtype": "bfloat16", "torch_compile": True, "base_precision": precision}
+        device = estimate.plan(config.model_copy(update=update), ["H100"]).devices[1]
+        assert device.tokens_per_s == pytest.approx(sum(g.num_tokens for g in timed) / run["seconds"], rel=0.1)
+        assert device.parts.total == pytest.approx(1e9 * run["peak_gb"], rel=0.1)

@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Mix(NamedTuple):
     """What the examples are like: measured on the data, or assumed."""
 
     tokens: float  # of an example in the stream, where its prompt counts once
+    budgeted: float  # of these and KTO's completion of another prompt, which count against a token budget
     targets: float
     pairs: float  # of a query and a key that it sees
     gathered: float  # keys that are its prompt's, again for each completion that shares it
@@ -58,6 +59,7 @@ def mix_of(config: BaseConfig) -> Mix:
     prompt, answer = min(250, limit // 2), min(305, limit // 2)
     return Mix(
         tokens=prompt + completions * answer,
+        budgeted=prompt + (completions + (config.method == "kto")) * answer,
         targets=completions * answer,
         pairs=prompt**2 / 2 + completions * answer * (prompt + answer / 2),
         gathered=completions * prompt if completions > 1 else 0,
@@ -103,25 +105,33 @@ def _sampled_mix(config: BaseConfig) -> Mix:
     capacity = config.max_seq_length if getattr(config, "packing", False) else None
     sequences = max(round(len(Sequences(groups, capacity)) * more), 1)
     an_epoch = math.ceil(math.ceil(sequences / config.per_device_train_batch_size) / config.gradient_accumulation_steps)
-    pairs = [
-        len(g.prompt) ** 2 / 2 + sum(len(c.ids) * (len(g.prompt) + len(c.ids) / 2) for c in g.completions)
-        for g in groups
-    ]
-    tokens = float(np.mean([group.num_tokens for group in groups]))
     together = config.per_device_train_batch_size * config.gradient_accumulation_steps
     largest = sorted((group.num_budgeted for group in groups), reverse=True)
     steps = config.max_steps or math.ceil(config.num_train_epochs * an_epoch)
+    examples = examples_of(groups)
     return Mix(
-        tokens=tokens,
-        targets=float(np.mean([sum(int(c.targets.sum()) for c in group.completions) for group in groups])),
-        pairs=float(np.mean(pairs)),
-        gathered=float(np.mean([len(g.prompt) * len(g.completions) * (len(g.completions) > 1) for g in groups])),
-        longest=max(group.num_tokens for group in groups),
-        completions=max(len(group.completions) for group in groups),
+        **examples,
         step=min(sum(largest), largest_step(largest, together, capacity)),
         epochs=steps / an_epoch,
         steps=steps,
         examples_a_step=len(groups) * more / an_epoch,
-        note=f"{round(len(groups) * more):,} examples to train on, of {tokens:,.0f} tokens on average"
+        note=f"{round(len(groups) * more):,} examples to train on, of {examples['tokens']:,.0f} tokens on average"
         + (f" (measured on {_SAMPLE:,} rows)" if more > 1 else ""),
     )
+
+
+def examples_of(groups: Sequence[Group]) -> dict[str, Any]:
+    """The fields of :class:`Mix` that are of examples, measured."""
+    pairs = [
+        len(g.prompt) ** 2 / 2 + sum(len(c.ids) * (len(g.prompt) + len(c.ids) / 2) for c in g.completions)
+        for g in groups
+    ]
+    return {
+        "tokens": float(np.mean([group.num_tokens for group in groups])),
+        "budgeted": float(np.mean([group.num_budgeted for group in groups])),
+        "targets": float(np.mean([sum(int(c.targets.sum()) for c in group.completions) for group in groups])),
+        "pairs": float(np.mean(pairs)),
+        "gathered": float(np.mean([len(g.prompt) * len(g.completions) * (len(g.completions) > 1) for g in groups])),
+        "longest": max(group.num_tokens for group in groups),
+        "completions": max(len(group.completions) for group in groups),
+    }
