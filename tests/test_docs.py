@@ -54,6 +54,7 @@ def workplace(tmp_path, monkeypatch):
 
 
 # Each command is a process of its own, forked from one that has imported the libraries: that takes longer than most do.
+# What these read of the environment as they are imported is what it was before the first command.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["arabic_qwen.training.base_trainer", "transformers.generation.utils", "matplotlib.figure"]

@@ -44,7 +44,7 @@ app.add_typer(data, name="data")
 
 _GPU_HELP = (
     "A GPU to plan for, or several times: RTX 3060, RTX 3090, RTX 4090, L4, A10, L40S, A100 40GB, A100 80GB, H100 80GB, "
-    "H200; others by their memory, as 16GB"
+    "H200; others by their memory, as 16GB, taken as Ampere"
 )
 
 Model = Annotated[str, typer.Argument(help="Hub id, model folder, or the output folder of a run")]

@@ -177,6 +177,12 @@ def test_micro_batches_hold_every_group_once(given_groups, token_budget):
     )
 
 
+def test_a_long_group_does_not_keep_the_others_from_being_even():
+    groups = [Group(np.zeros(length, dtype=np.int32), ()) for length in [9000] + [500] * 20]
+    sums = [sum(group.num_tokens for group in batch) for batch in micro_batches(groups, 8192)]
+    assert sorted(sums) == [5000, 5000, 9000]
+
+
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(40, 200))
 def test_micro_batches_are_about_equally_large(lengths, token_budget):
     batches = micro_batches([Group(np.zeros(length, dtype=np.int32), ()) for length in lengths], token_budget)

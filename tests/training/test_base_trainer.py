@@ -355,13 +355,21 @@ class TestTrain:
             BaseTrainer(config).train()
         assert ("learning_rate: 0.0002 suits adapters" in caplog.text) == said
 
-    @pytest.mark.parametrize(("length", "factor", "said"), [(64, 1.0, False), (65, 1.0, True), (128, 2.0, False)])
-    def test_longer_than_the_model_was_made_for(self, config, model_dir, tmp_path, caplog, length, factor, said):
+    @pytest.mark.parametrize(
+        ("length", "rope", "said"),
+        [
+            (64, {"rope_type": "default"}, False),
+            (65, {"rope_type": "default", "factor": None}, True),
+            (128, {"rope_type": "linear", "factor": 2.0}, False),
+            (65, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, True),
+            (80, {"rope_type": "yarn", "factor": 5.0, "original_max_position_embeddings": 16}, False),
+        ],
+    )
+    def test_longer_than_the_model_was_made_for(self, config, model_dir, tmp_path, caplog, length, rope, said):
         shutil.copytree(model_dir, tmp_path / "short")
         path = tmp_path / "short" / "config.json"
-        rope = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": factor}
-        settings = json.loads(path.read_text()) | {"max_position_embeddings": 64, "rope_parameters": rope}
-        path.write_text(json.dumps(settings))
+        settings = {"max_position_embeddings": 64, "rope_parameters": rope | {"rope_theta": 10_000.0}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
         config.model_name, config.max_seq_length = str(tmp_path / "short"), length
         BaseTrainer(config).prepare()
         assert ("short was made for 64 tokens, and longer examples come out wrong" in caplog.text) == said
@@ -448,6 +456,7 @@ class TestStages:
         stage2_config = SFTConfig(**settings | {"use_lora": second == "adapter", "merge_and_save": False})
         stage2 = create_sft_trainer(stage2_config)
         assert stage2.evaluate()["eval_loss"] == pytest.approx(stage1.metrics["eval_loss"], abs=1e-4)
+        assert "has adapters" not in caplog.text
         stage2.train()
         assert stage2.metrics["eval_loss"] != stage1.metrics["eval_loss"]
         assert ("has adapters, which training goes on with" in caplog.text) == (first == second == "adapter")

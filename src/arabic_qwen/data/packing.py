@@ -218,7 +218,7 @@ def micro_batches(groups: Sequence[Group], token_budget: int) -> list[list[Group
     lengths = [group.num_budgeted for group in groups]
     bins = best_fit_decreasing(lengths, token_budget)
     even = _longest_to_emptiest(lengths, len(bins))
-    if all(sum(lengths[i] for i in members) <= token_budget for members in even):
+    if all(len(members) == 1 or sum(lengths[i] for i in members) <= token_budget for members in even):
         bins = even
     return [[groups[i] for i in sorted(members)] for members in bins]
 

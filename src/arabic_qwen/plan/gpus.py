@@ -13,7 +13,7 @@ from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.training.fitting import USABLE
 
 _CONTEXT = 0.5e9  # bytes that CUDA takes for itself
-_GIGABYTE = 1.05e9  # bytes, as GPUs are sold: 2^30, less what error correction and firmware take
+_GIGABYTE = 0.985e9  # bytes of a GPU that is sold with one more GB, at least: with error correction
 
 
 class Gpu(NamedTuple):
@@ -55,7 +55,7 @@ _ADDED = re.compile(r"nvidia|geforce|sxm\d|hbm\w+")
 
 
 def known(name: str) -> tuple[str, Gpu]:
-    """The GPU of :data:`GPUS` that has all words of `name`; or any, by its memory, as "16GB".
+    """The GPU of :data:`GPUS` that has all words of `name`; or any, by its memory, as "16GB", taken as Ampere.
 
     Raises:
         ConfigurationError: there is none.

@@ -179,6 +179,8 @@ class BaseTrainer(GenerationMixin):
             self.model = None
         self.setup_model_and_tokenizer()
         if self.config.use_lora:
+            if sources.is_adapter(self._source):
+                self.logger.warning("%s has adapters, which training goes on with; lora_* are theirs", self._source)
             self.setup_lora()
         elif self.config.learning_rate > 1e-4:
             self.logger.warning(
@@ -194,8 +196,10 @@ class BaseTrainer(GenerationMixin):
 
     def _check_positions(self) -> None:
         """Warn where examples may be longer than what the model was made for."""
+        most = self.model.config.max_position_embeddings
         rope = getattr(self.model.config, "rope_parameters", None) or {}
-        positions = self.model.config.max_position_embeddings * rope.get("factor", 1)
+        scaled = (rope.get("original_max_position_embeddings") or most) * (rope.get("factor") or 1)
+        positions = max(most, int(scaled))
         if self.data_loader and self.data_loader.max_tokens > positions:
             self.logger.warning(
                 "%s: %s was made for %d tokens, and longer examples come out wrong; lower it to that",
@@ -228,8 +232,6 @@ class BaseTrainer(GenerationMixin):
         self._model_is_trainable = trainable
         if trainable:
             self._start = self._source
-            if isinstance(self.model, PeftModel):
-                self.logger.warning("%s has adapters, which training goes on with; lora_* are theirs", self._source)
         self._setup_padding_token()
         self.model.generation_config.eos_token_id = stop_token_ids(self.tokenizer)
         self.model.generation_config.pad_token_id = self.tokenizer.pad_token_id
