@@ -62,13 +62,23 @@ class DataLoader:
     def __init__(self, config: Any, tokenizer: PreTrainedTokenizerBase):
         self.config = config
         self.tokenizer = tokenizer
-        self.length_key = "max_length" if getattr(config, "max_length", None) else "max_seq_length"
-        self.max_tokens: int = getattr(config, self.length_key)
+        self._length_key = "max_length" if getattr(config, "max_length", None) else "max_seq_length"
+        self.max_tokens: int = getattr(config, self._length_key)
         self.bad_rows = BadRows()  # those that load() left out
         self.check_columns = True
         self._places = Places()
         self._normalizer = Normalizer(config)
         self._reported = False
+
+    def check_length(self, model: str, positions: int) -> None:
+        """Warn where examples may be longer than what `model` was made for, in tokens."""
+        if self.max_tokens > positions:
+            logger.warning(
+                "%s: %s was made for %d tokens, and longer examples come out wrong; lower it to that",
+                self._length_key,
+                model,
+                positions,
+            )
 
     def _drafts(self, values: dict[str, Any], example: Example) -> list[Draft]:
         """The groups of a row whose texts are normalised. Raises ValueError where the row cannot be used."""
@@ -146,7 +156,7 @@ class DataLoader:
     def _report(self, name: str, dataset: GroupDataset) -> None:
         logger.info("%s: %s", name, dataset.summary())
         if dataset.truncated:
-            logger.warning("%s: raise %s to keep whole answers", name, self.length_key)
+            logger.warning("%s: raise %s to keep whole answers", name, self._length_key)
         if not self._reported:
             shown = show_group(self.tokenizer, dataset[0])
             logger.info("first training example, what is learned in ⟦ ⟧:\n%s", shown)
@@ -238,14 +248,14 @@ class DataLoader:
             if room <= 0 or not targets[:room].any():
                 raise ValueError(
                     f"the prompt has {len(group.prompt)} tokens and leaves no room for an answer in "
-                    f"{self.length_key}={self.max_tokens}"
+                    f"{self._length_key}={self.max_tokens}"
                 )
             if len(ids) > room:
                 lost.append(len(ids) - room)
             kept.append(Completion(ids[:room], targets[:room]))
         if any(np.array_equal(kept[0].ids, other.ids) for other in kept[1:]):
             raise ValueError(
-                f"chosen and rejected are the same once they are cut at {self.length_key}={self.max_tokens}"
+                f"chosen and rejected are the same once they are cut at {self._length_key}={self.max_tokens}"
             )
         example.truncated += len(lost)
         example.tokens_cut += sum(lost)

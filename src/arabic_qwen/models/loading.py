@@ -145,6 +145,13 @@ def _load_weights(name: str, path: str, dtype: torch.dtype, config: BaseConfig, 
     return model
 
 
+def positions(config: PreTrainedConfig) -> int:
+    """Tokens of a text that a model was made for, with what its RoPE is scaled to (YaRN and others)."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    most: int = config.max_position_embeddings
+    return max(most, int((rope.get("original_max_position_embeddings") or most) * (rope.get("factor") or 1)))
+
+
 def _read_config(path: str) -> PreTrainedConfig:
     """The model's configuration with PyTorch's attention, until ours takes its place: others may fetch kernels."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)

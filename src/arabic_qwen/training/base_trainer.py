@@ -187,26 +187,13 @@ class BaseTrainer(GenerationMixin):
                 "learning_rate: %g suits adapters; all weights usually take 1e-5", self.config.learning_rate
             )
         self.dataset = dataset = self.load_and_validate_dataset()
-        self._check_positions()
+        if self.data_loader:
+            self.data_loader.check_length(self._source, loading.positions(self.model.config))
         training_args = self.get_training_arguments()
         callbacks = self.get_callbacks()
         trainer = self.create_trainer(dataset, training_args, callbacks)
         trainer.remove_callback(PrinterCallback)  # ProgressDisplay has said it
         return trainer, dataset
-
-    def _check_positions(self) -> None:
-        """Warn where examples may be longer than what the model was made for."""
-        most = self.model.config.max_position_embeddings
-        rope = getattr(self.model.config, "rope_parameters", None) or {}
-        scaled = (rope.get("original_max_position_embeddings") or most) * (rope.get("factor") or 1)
-        positions = max(most, int(scaled))
-        if self.data_loader and self.data_loader.max_tokens > positions:
-            self.logger.warning(
-                "%s: %s was made for %d tokens, and longer examples come out wrong; lower it to that",
-                self.data_loader.length_key,
-                self._source,
-                positions,
-            )
 
     def setup_model_and_tokenizer(self) -> None:
         """Load model and tokenizer as `model_name`, precision and quantisation say; nothing if they are there.
