@@ -82,6 +82,7 @@ class BaseTrainer(GenerationMixin):
         self._loaded_from: str | None = None  # by load_model()
         self._start: str = ""  # what the model in memory was before its training
         self._model_is_trainable = True
+        self._came_with_adapters = False
         self.metrics: dict[str, float] = {}
         self.samples: list[dict[str, Any]] = []  # answers to held-out prompts, by the trained model
         self.logger.info("Initialized %s", self.__class__.__name__)
@@ -179,7 +180,7 @@ class BaseTrainer(GenerationMixin):
             self.model = None
         self.setup_model_and_tokenizer()
         if self.config.use_lora:
-            if sources.is_adapter(self._source):
+            if self._came_with_adapters:
                 self.logger.warning("%s has adapters, which training goes on with; lora_* are theirs", self._source)
             self.setup_lora()
         elif self.config.learning_rate > 1e-4:
@@ -189,9 +190,7 @@ class BaseTrainer(GenerationMixin):
         self.dataset = dataset = self.load_and_validate_dataset()
         if self.data_loader:
             self.data_loader.check_length(self._source, loading.positions(self.model.config))
-        training_args = self.get_training_arguments()
-        callbacks = self.get_callbacks()
-        trainer = self.create_trainer(dataset, training_args, callbacks)
+        trainer = self.create_trainer(dataset, self.get_training_arguments(), self.get_callbacks())
         trainer.remove_callback(PrinterCallback)  # ProgressDisplay has said it
         return trainer, dataset
 
@@ -217,6 +216,7 @@ class BaseTrainer(GenerationMixin):
         gc.collect()  # methods of ours on an earlier model's layers hold on to them
         self.model = loading.load_model(self._source, config, trainable=trainable)
         self._model_is_trainable = trainable
+        self._came_with_adapters = isinstance(self.model, PeftModel)
         if trainable:
             self._start = self._source
         self._setup_padding_token()
