@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.packing import Completion, Group, pack
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.models import attention, compilation, logps, scoring
+from arabic_qwen.models import attention, compilation, scoring
 from arabic_qwen.models.adapters import add_lora
 from arabic_qwen.models.compilation import compile_packed, should_compile
 from arabic_qwen.models.scoring import enable_packed_forward
@@ -38,11 +38,9 @@ def counter(monkeypatch):
     monkeypatch.setattr(attention, "_varlen", dense)
     monkeypatch.setattr(scoring, "flash_runs", lambda device, dtype: True)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter, fullgraph=True))
-    for made in (compilation._dispatching, logps._compiled):
-        made.cache_clear()
+    compilation._compiled.cache_clear()
     yield counter
-    for made in (compilation._dispatching, logps._compiled):
-        made.cache_clear()
+    compilation._compiled.cache_clear()
 
 
 def batches(count, completions):
@@ -83,7 +81,7 @@ def test_equal_to_the_ordinary_pass_and_no_shape_is_compiled_again(tiny_model, c
         torch.testing.assert_close(results(model, batch), wanted, rtol=1e-5, atol=1e-5)
         graphs.append(counter.frame_count)
     assert graphs[2] == graphs[1] and graphs[5] == graphs[4]  # the first two of a kind may show what varies
-    assert graphs[-1] <= 4
+    assert graphs[-1] <= 6
 
 
 def test_the_reference_and_generation_are_not_touched(tiny_model, counter):
@@ -148,8 +146,7 @@ def test_what_cannot_be_compiled(tiny_model):
 def test_policy_and_reference_round_alike(tiny_model, monkeypatch):
     """With real code, for that is where fused operations round or not; new adapters change nothing."""
     torch._dynamo.reset()
-    compilation._dispatching.cache_clear()
-    logps._compiled.cache_clear()
+    compilation._compiled.cache_clear()
     monkeypatch.setattr(attention, "_varlen", dense)
     monkeypatch.setattr(scoring, "flash_runs", lambda device, dtype: True)
     model = tiny_model("qwen2").bfloat16()

@@ -153,3 +153,28 @@ def test_confident_tokens_in_half_precision():
 
     exact = gradient(torch.float64)
     assert ((gradient(torch.bfloat16) - exact).norm() / exact.norm()).item() < 0.03
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [50, 8192, 151_936])
+def test_kernel_on_a_gpu(dtype, vocabulary):
+    """Against float64, as the ordinary way is: with and without gradients, for confident tokens, and for no tokens."""
+    torch.manual_seed(0)
+    weight = torch.randn(vocabulary, 64, device="cuda").to(dtype)
+    targets = torch.randint(vocabulary, (3000,), device="cuda")  # more than a chunk
+    hidden = (weight[targets] * torch.rand(3000, 1, device="cuda")).to(dtype)
+
+    def run(inner, compiled):
+        inner = inner.clone().requires_grad_()
+        found = token_logps(inner, weight.to(inner.dtype), targets, compiled)
+        found.sum().backward()
+        with torch.no_grad():
+            assert torch.equal(token_logps(inner, weight.to(inner.dtype), targets, compiled), found)
+        return found, inner.grad
+
+    exact = run(hidden.double(), compiled=False)
+    for found, eager, true in zip(run(hidden, compiled=True), run(hidden, compiled=False), exact, strict=True):
+        assert relative(found, true) < 1.1 * relative(eager, true) + 1e-6
+    assert token_logps(hidden[:0], weight, targets[:0], compiled=True).shape == (0,)

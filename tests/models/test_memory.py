@@ -8,8 +8,8 @@ from transformers import Qwen2Config
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.adapters import add_lora
+from arabic_qwen.models.layers import decoder_layers
 from arabic_qwen.models.memory import model_shape, moment_bytes, step_memory
-from arabic_qwen.models.recompute import decoder_layers
 
 SEVEN = Qwen2Config(
     vocab_size=152064,

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arabic_qwen.data.packing import Completion, Group
-from arabic_qwen.models.recompute import decoder_layers, recompute_first
+from arabic_qwen.models.layers import decoder_layers, recompute_first
 from arabic_qwen.training import fitting
 from arabic_qwen.training.base_trainer import BaseTrainer
 from tests.training.test_engine import StopAfter, sft_config

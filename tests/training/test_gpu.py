@@ -17,8 +17,8 @@ from arabic_qwen.models.adapters import add_lora
 from arabic_qwen.models.attention import _segments, _varlen
 from arabic_qwen.models.compilation import compile_packed
 from arabic_qwen.models.fp8 import FP8Linear
+from arabic_qwen.models.layers import decoder_layers
 from arabic_qwen.models.loading import load_model
-from arabic_qwen.models.recompute import decoder_layers
 from arabic_qwen.models.scoring import score_completions
 from arabic_qwen.training import fitting, snapshots
 from arabic_qwen.training.base_trainer import BaseTrainer
@@ -369,7 +369,11 @@ def test_compiled_layers_compute_the_same(model_dir, base_precision, checkpointi
         assert all(p.grad is not None and p.grad.any() for p in trained)
         return logps.detach(), torch.cat([p.grad.flatten() for p in trained])
 
-    for ours, eager in zip(run(compiled=True), run(compiled=False), strict=True):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        found = run(compiled=True)
+    kernels = " ".join(event.key for event in profile.key_averages())
+    assert all(name in kernels for name in ("_head_scores", "_swiglu_backward"))
+    for ours, eager in zip(found, run(compiled=False), strict=True):
         assert relative(ours, eager.double()) < 0.05  # sums in another order
 
 

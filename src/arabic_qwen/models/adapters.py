@@ -18,12 +18,16 @@ from transformers import PreTrainedModel, set_seed
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.fp8 import convert_to_fp8
+from arabic_qwen.models.layers import decoder_layers
 
 # PEFT's business, not the user's.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 # The fast decomposition of pissa_niter_16 is random: with one seed, loading repeats what training began with.
 _DECOMPOSITION_SEED = 0
+
+# Of adapters in the SwiGLU kernel: a tile of each B has to fit into a multiprocessor's registers.
+_LARGEST_RANK = 64
 
 
 def add_lora(model: PreTrainedModel, config: BaseConfig) -> PeftModel:
@@ -126,6 +130,9 @@ def _adjusted(model: PeftModel) -> PeftModel:
         plain = isinstance(module, LoraLayer) and not module.lora_variant and not any(module.lora_bias.values())
         if plain and isinstance(module.get_base_layer(), torch.nn.Linear):
             module.forward = types.MethodType(_forward, module)
+    for mlp in (layer.mlp for layer in decoder_layers(model)):
+        if mlp.config.hidden_act == "silu" and all("forward" in vars(one) for one in (mlp.gate_proj, mlp.up_proj)):
+            mlp.forward = types.MethodType(_mlp_forward, mlp)
     own = functools.partial(model.save_pretrained, selected_adapters=["default"], save_embedding_layers=False)
     model.save_pretrained = own  # type: ignore[method-assign]
     return model
@@ -143,10 +150,38 @@ def _forward(self: Any, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     dtype = result.dtype
     for name in self.active_adapters:
         if name in self.lora_A:
-            a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
-            given = x if torch.is_autocast_enabled(x.device.type) else x.to(a.weight.dtype)
-            result = result + b(a(dropout(given)) * self.scaling[name])
+            result = result + self.lora_B[name](_low_rank(self, name, x))
     return result.to(dtype)
+
+
+def _low_rank(layer: Any, name: str, x: torch.Tensor) -> torch.Tensor:
+    """What an adapter is between A and B, scaled: [..., in] → [..., r]."""
+    a = layer.lora_A[name]
+    given = x if torch.is_autocast_enabled(x.device.type) else x.to(a.weight.dtype)
+    return a(layer.lora_dropout[name](given)) * layer.scaling[name]
+
+
+def _mlp_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """Qwen's MLP; where it is compiled for a GPU, SwiGLU of base and adapters is one kernel."""
+    gate, up = self.gate_proj, self.up_proj
+    if not (torch.compiler.is_compiling() and x.is_cuda and 0 < _rank(gate) == _rank(up) <= _LARGEST_RANK):
+        return type(self).forward(self, x)
+    from arabic_qwen.models.kernels import lora_swiglu  # not every build of PyTorch brings Triton
+
+    parts = []
+    for layer in (gate, up):
+        (name,) = layer.active_adapters
+        base = layer.base_layer(x).flatten(0, -2)
+        parts += [base, _low_rank(layer, name, x).flatten(0, -2).to(base.dtype)]
+        parts.append(layer.lora_B[name].weight.to(base.dtype))
+    return self.down_proj(lora_swiglu(*parts).unflatten(0, x.shape[:-1]))
+
+
+def _rank(layer: Any) -> int:
+    """Of the one adapter that is on; 0 where none or several are."""
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return 0
+    return layer.r.get(layer.active_adapters[0], 0)
 
 
 @torch.no_grad()

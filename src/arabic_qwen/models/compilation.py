@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import functools
-import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch._inductor.config
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.attention import flash_runs
 from arabic_qwen.models.fp8 import second_copies
+from arabic_qwen.models.layers import packed_forwards, set_packed_forward
 from arabic_qwen.models.precision import compute_dtype
-from arabic_qwen.models.recompute import decoder_layers
-
-# transformers recomputes a layer in its __call__, or (newer) in a wrapper around its class's forward.
-_RECOMPUTED_OUTSIDE = "__call__" in vars(GradientCheckpointingLayer)
 
 # Variants of a model's layer: with and without gradients, adapters, dropout and shared prompts. Beyond the limit, which is
 # a few by default and counts those of all models, torch.compile would silently stop to compile.
@@ -79,24 +75,18 @@ def compile_packed(model: Any) -> None:
     # policy and reference differ before the first step, in 8-bit floating point by several nats a completion. What is left
     # is the order of sums.
     torch._inductor.config.emulate_precision_casts = True
-    for layer in decoder_layers(model):
-        layer.forward = types.MethodType(_dispatching(type(layer)), layer)  # type: ignore[arg-type]
+    for layer, packed_forward in packed_forwards(model):
+        set_packed_forward(layer, _compiled(packed_forward))
     base.compiled = True
 
 
 @functools.cache
-def _dispatching(kind: type) -> Any:
-    ordinary: Any = kind.forward  # type: ignore[attr-defined]
-    compiled: Any = torch.compile(ordinary if _RECOMPUTED_OUTSIDE else ordinary.__wrapped__, dynamic=True)
+def _compiled(packed_forward: Callable) -> Callable:
+    compiled = torch.compile(packed_forward, dynamic=True)
 
-    def forward(self, hidden_states, *args, packed=None, **kwargs):
-        if packed is None:
-            return ordinary(self, hidden_states, *args, **kwargs)
+    def run(layer, hidden_states, **kwargs):
         if torch.is_grad_enabled():  # else the first layer, whose input is frozen, would be compiled apart
             hidden_states.requires_grad_()
-        run = functools.partial(compiled, self, packed=packed, **kwargs)
-        if self.gradient_checkpointing and self.training and not _RECOMPUTED_OUTSIDE:
-            return self._gradient_checkpointing_func(run, hidden_states, *args)
-        return run(hidden_states, *args)
+        return compiled(layer, hidden_states, **kwargs)
 
-    return forward
+    return run

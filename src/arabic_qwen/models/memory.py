@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.models.adapters import add_lora
-from arabic_qwen.models.recompute import decoder_layers
+from arabic_qwen.models.layers import decoder_layers
 
 #: Bytes a parameter of the frozen linear layers: NF4 in blocks of 64, whose scales take a byte, and a float32 for 256 of
 #: these; int8; two byte copies, one of them transposed for the gradient.

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from arabic_qwen.data.packing import Completion, Group, PackedBatch, best_fit_decreasing, pack
 from arabic_qwen.errors import ModelLoadError
 from arabic_qwen.models.attention import PACKED_ATTENTION, flash_runs
+from arabic_qwen.models.layers import packed_forwards, set_packed_forward
 from arabic_qwen.models.logps import matmul_dtype, token_logps
 
 
@@ -27,6 +28,7 @@ def enable_packed_forward(model: PreTrainedModel, use_flash: bool = True) -> Non
     """
     check_attention(str(model.name_or_path), model.config)
     model.set_attn_implementation(PACKED_ATTENTION)
+    set_packed_forward(*packed_forwards(model)[-1])
     ordinary = type(model).forward
 
     def forward(self, *args, packed: PackedBatch | None = None, **kwargs):
@@ -42,7 +44,7 @@ def enable_packed_forward(model: PreTrainedModel, use_flash: bool = True) -> Non
             use_flash=use_flash and flash_runs(head.device, matmul_dtype(head)),
         ).last_hidden_state[0]
         compiled = getattr(self, "compiled", False)
-        return token_logps(hidden[packed.target_index], head, packed.target_ids, compiled)
+        return token_logps(hidden, head, packed.target_ids, compiled)
 
     # Trainer, PEFT and generate() read the arguments' names. Not functools.wraps: accelerate unwraps those.
     setattr(forward, "__signature__", inspect.signature(ordinary))  # noqa: B010

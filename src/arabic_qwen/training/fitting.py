@@ -14,9 +14,9 @@ from accelerate.utils import gather_object
 
 from arabic_qwen.data.packing import Group, pack
 from arabic_qwen.data.stream import GroupStream
+from arabic_qwen.models.layers import decoder_layers, recompute_first
 from arabic_qwen.models.memory import moment_bytes
 from arabic_qwen.models.memory_limit import is_out_of_memory
-from arabic_qwen.models.recompute import decoder_layers, recompute_first
 
 logger = logging.getLogger(__name__)
 
