@@ -87,6 +87,12 @@ def test_the_oldest_turns_go_when_the_context_is_full(talk, loaded, monkeypatch)
     assert said.count("no longer fit") == 1
 
 
+def test_the_context_is_what_rope_is_scaled_to(talk, loaded, monkeypatch):
+    monkeypatch.setattr(loaded.trainer.model.config, "rope_parameters", {"rope_type": "yarn", "factor": 8.0})
+    _, asked, _ = talk(*[f"سؤال رقم {i} عن عاصمة الأردن" for i in range(3)], "كلمة " * 500)
+    assert len(asked[-1]) == 7
+
+
 def test_a_line_longer_than_the_context_is_told(talk):
     _, asked, said = talk("كلمة " * 5000, "مرحبا")
     assert "longer than the model can read" in said

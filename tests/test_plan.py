@@ -154,7 +154,7 @@ def test_a_run_that_goes_on_from_adapters(model_dir, tmp_path):
 
 
 def test_advice_does_not_change_adapters_that_are_there(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setitem(gpus.GPUS, "small", gpus.Gpu(0.51e9, 1e14, 0.5, (9, 0)))
+    monkeypatch.setitem(gpus.GPUS, "small", gpus.Gpu(0.505e9, 1e14, 0.5, (9, 0)))
     config = config_for("sft", model_dir, lora_r=32)
     add_lora(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(tmp_path / "adapter")
     here = estimate.plan(config_for("sft", tmp_path / "adapter", token_budget=2000), ["small"])

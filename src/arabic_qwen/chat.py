@@ -11,6 +11,7 @@ from transformers import TextStreamer
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.conversations import Message
 from arabic_qwen.data.templates import render_prompt
+from arabic_qwen.models.loading import positions
 from arabic_qwen.terminal import direction_by_paragraph, displayed, is_visual
 from arabic_qwen.training.base_trainer import BaseTrainer
 
@@ -118,7 +119,7 @@ class Chat:
 
     def _fit(self) -> bool:
         """Drop the oldest turns until the conversation leaves room for an answer; whether it does."""
-        room = self.trainer.model.config.max_position_embeddings - self.max_length
+        room = positions(self.trainer.model.config) - self.max_length
         while self._length() > room:
             if len(self.turns) == 1:
                 return False

@@ -1,4 +1,4 @@
-"""Recomputing some layers' activations: the same gradients, and fewer tensors kept."""
+"""What the layers compute, and recomputing their activations: the same gradients, and fewer tensors kept."""
 
 import numpy as np
 import pytest
@@ -47,3 +47,18 @@ def test_gradients_do_not_depend_on_it(tiny_model, kind, use_lora):
     for others in gradients[1:]:
         assert others.keys() == gradients[0].keys()
         assert all(torch.equal(others[name], gradients[0][name]) for name in others)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_the_last_mlp_sees_what_predicts_a_target_only(tiny_model, kind):
+    """tests/models/test_scoring.py has the values."""
+    model = tiny_model(kind)
+    enable_packed_forward(model)
+    rows = []
+    for layer in decoder_layers(model):
+        layer.mlp.register_forward_pre_hook(lambda mlp, inputs: rows.append(inputs[0].shape[1]))
+    given = batch()
+    model(packed=given)
+    assert rows == [len(given.input_ids), len(given.target_ids)] and rows[1] < rows[0]
+    model(given.input_ids[None])
+    assert rows[2:] == rows[:1] * 2

@@ -188,8 +188,8 @@ def step_memory(
     hidden = tokens * shape.hidden * size
     a_layer = shape.kept * tokens * (COMPILED_SHARE if compiled else 1) + 2 * gathered * shape.keys * size
     kept = shape.layers - recomputed
-    # Hidden states at each recomputed layer's input, and after the last layer: normed, in float32, and its gradient.
-    activations = copies + recomputed * hidden + kept * a_layer + 2 * hidden + 4 * tokens * shape.hidden
+    # Hidden states at each recomputed layer's input, and at targets after the last: normed, in float32, and its gradient.
+    activations = copies + recomputed * hidden + kept * a_layer + (2 * size + 4) * targets * shape.hidden
     chunk = _HEAD_CHUNK if on_gpu else _HEAD_CHUNK_PROCESSOR
     head = min(chunk, _HEAD_BYTES * targets * shape.vocabulary) + 2 * targets * shape.hidden * size
     if not config.use_lora:
