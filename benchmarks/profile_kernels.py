@@ -29,7 +29,7 @@ from arabic_qwen.config import METHOD_CONFIGS
 CLASSES = {
     "attention": ("flash", "fmha", "scaled_dot_product"),
     "gemm": ("nvjet", "cutlass", "gemm", "sm90", "aten::mm", "aten::addmm", "aten::bmm"),
-    "triton": ("triton",),
+    "triton": ("triton", "_swiglu", "_head_scores"),
     "optimizer": ("multi_tensor", "adam", "_foreach", "_fused"),
     "copy": ("memcpy", "memset", "copy", "aten::to"),
 }

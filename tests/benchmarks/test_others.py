@@ -106,6 +106,7 @@ def test_a_step_by_class_of_kernel(monkeypatch, capsys):
         ("void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4, bfloat16_t>>", "attention"),
         ("pytorch_flash::enable_sm90<FlashAttnFwdSm90>", "attention"),
         ("triton_poi_fused_mul_silu_2", "triton"),
+        ("_swiglu_backward", "triton"),
         ("void at::native::multi_tensor_apply_kernel<TensorListMetadata<3>, FusedAdamMathFunctor>", "optimizer"),
         ("Memcpy DtoD (Device -> Device)", "copy"),
         ("void at::native::indexSelectLargeIndex", "other"),

@@ -9,7 +9,9 @@ from transformers import TrainerCallback
 
 from arabic_qwen.config import DPOConfig, SFTConfig
 from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.models import adapters
 from arabic_qwen.models.adapters import add_lora, grow_embedding, load_adapter
+from arabic_qwen.models.layers import decoder_layers
 from arabic_qwen.models.loading import load_model
 from arabic_qwen.models.scoring import enable_packed_forward, score_completions
 from arabic_qwen.training.base_trainer import BaseTrainer
@@ -340,3 +342,26 @@ def undo_forward(model):
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             vars(layer).pop("forward", None)
+
+
+def test_what_the_swiglu_kernel_takes(tiny_model):
+    """One adapter that is on; PEFT's way computes all else."""
+    model = add_lora(tiny_model("qwen2"), SFTConfig(lora_r=16, lora_target_modules="all-linear"))
+    (mlp, *_) = [layer.mlp for layer in decoder_layers(model)]
+    assert mlp.forward.__func__ is adapters._mlp_forward
+    gate = mlp.gate_proj
+    assert adapters._rank(gate) == 16
+    with model.disable_adapter():
+        assert adapters._rank(gate) == 0
+    model.merge_adapter()
+    assert adapters._rank(gate) == 0
+    model.unmerge_adapter()
+    model.add_adapter("other", LoraConfig(r=8, target_modules=["up_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    assert adapters._rank(gate) == adapters._rank(mlp.up_proj) == 0
+    model.base_model.set_adapter("other")
+    assert adapters._rank(gate) == 0 and adapters._rank(mlp.up_proj) == 8
+    model.unload()
+    assert adapters._rank(mlp.gate_proj) == 0
+    dora = add_lora(tiny_model("qwen2"), SFTConfig(use_dora=True, lora_target_modules="all-linear"))
+    assert decoder_layers(dora)[0].mlp.forward.__func__ is type(mlp).forward

@@ -78,6 +78,13 @@ class TestFP8Linear:
         assert relative(x.grad, upstream.double() @ linear.weight.double()) < 0.05
         assert not any(parameter.requires_grad for parameter in ours.parameters())
 
+    def test_no_rows(self):
+        _, ours = layers()
+        x = torch.zeros(1, 0, 64).bfloat16().requires_grad_()
+        y = ours(x)
+        y.sum().backward()
+        assert y.shape == (1, 0, 48) and y.dtype == torch.bfloat16 and x.grad.shape == x.shape
+
     def test_the_gradient_is_of_the_rounded_weight(self):
         linear, ours = layers(bias=False)
         x = torch.zeros(48, 64).bfloat16().requires_grad_()

@@ -157,7 +157,7 @@ def test_confident_tokens_in_half_precision():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [50, 8192, 151_936])
 def test_kernel_on_a_gpu(dtype, vocabulary):
     """Against float64, as the ordinary way is: with and without gradients, for confident tokens, and for no tokens."""

@@ -178,10 +178,12 @@ def _mlp_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _rank(layer: Any) -> int:
-    """Of the one adapter that is on; 0 where none or several are."""
+    """Of the one adapter that is on; 0 where none or several are, or where its weights are elsewhere (ZeRO-3)."""
     if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return 0
-    return layer.r.get(layer.active_adapters[0], 0)
+    b: Any = layer.lora_B
+    (name,) = layer.active_adapters
+    return b[name].weight.shape[-1] if name in b else 0
 
 
 @torch.no_grad()

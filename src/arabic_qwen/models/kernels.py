@@ -42,9 +42,10 @@ def head_scores(logits: torch.Tensor, targets: torch.Tensor, with_difference: bo
     """
     logps = torch.empty(len(logits), device=logits.device, dtype=torch.float32)
     lse = torch.empty_like(logps)
-    _head_scores[(len(logits),)](
-        logits, targets, logps, lse, logits.shape[1], WRITE=with_difference, BLOCK=8192, num_warps=8
-    )
+    with torch.cuda.device(logits.device):  # Triton launches on the current one
+        _head_scores[(len(logits),)](
+            logits, targets, logps, lse, logits.shape[1], WRITE=with_difference, BLOCK=8192, num_warps=8
+        )
     return logps, lse, logits if with_difference else None
 
 

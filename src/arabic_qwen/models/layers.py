@@ -42,7 +42,7 @@ def packed_forwards(model: Any) -> list[tuple[Any, Callable]]:
 def last_layer(layer: Any, hidden_states: torch.Tensor, packed: PackedBatch, **kwargs: Any) -> torch.Tensor:
     """The last layer of Qwen2 and Qwen3 where a target is predicted, [1, N, H] → [1, T, H].
 
-    Its attention needs the keys and values of every token. Its MLP, nine tenths of a layer, is left out for the others.
+    Its attention needs the keys and values of every token. Its MLP, most of the layer, is left out for the others.
     """
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), packed=packed, **kwargs)
     hidden_states = (hidden_states + attended)[:, packed.target_index]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 
@@ -25,7 +23,7 @@ def token_logps(
         hidden: [T, H] hidden states that predict the targets.
         weight: [V, H] weight of the head.
         targets: [T] token ids.
-        compiled: use a kernel for the softmax on a GPU, so that logits are never held in float32.
+        compiled: on a GPU, use a kernel for the softmax, so that the forward pass holds no logits in float32.
 
     Returns:
         [T] float32, differentiable with respect to `hidden` and `weight`.
@@ -59,12 +57,6 @@ def _eager(logits: torch.Tensor, targets: torch.Tensor, with_difference: bool) -
     return logps, lse, _difference(logits, lse, targets, dtype) if with_difference else None
 
 
-def _fused() -> Callable:
-    from arabic_qwen.models.kernels import head_scores
-
-    return head_scores
-
-
 class _TokenLogps(torch.autograd.Function):
     """d logp_t / d hidden_t = weight[target_t] − softmax_t @ weight; d logp_t / d weight = (onehot_t − softmax_t) hidden_tᵀ.
 
@@ -74,12 +66,15 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, compiled):
-        fused = compiled and hidden.is_cuda
+        fused, scores = compiled and hidden.is_cuda, _eager
+        if fused:
+            from arabic_qwen.models import kernels  # not every build of PyTorch brings Triton
+
+            scores = kernels.head_scores
         rows = _chunks(hidden, weight, fused)
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
         lse = torch.empty_like(logps)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        scores = _fused() if fused else _eager
         for start in rows:
             chunk = slice(start, start + rows.step)
             logps[chunk], lse[chunk], difference = scores(hidden[chunk] @ weight.T, targets[chunk], slope is not None)
