@@ -64,7 +64,7 @@ def results(model, batch):
     return [found.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("kind, training", [("qwen3", "lora, recomputed"), ("qwen2", "full")])
+@pytest.mark.parametrize("kind, training", [("qwen2", "lora"), ("qwen3", "lora, recomputed"), ("qwen2", "full")])
 def test_equal_to_the_ordinary_pass_and_no_shape_is_compiled_again(tiny_model, counter, kind, training):
     model = tiny_model(kind)
     enable_packed_forward(model)
@@ -81,7 +81,7 @@ def test_equal_to_the_ordinary_pass_and_no_shape_is_compiled_again(tiny_model, c
         torch.testing.assert_close(results(model, batch), wanted, rtol=1e-5, atol=1e-5)
         graphs.append(counter.frame_count)
     assert graphs[2] == graphs[1] and graphs[5] == graphs[4]  # the first two of a kind may show what varies
-    assert graphs[-1] <= 6
+    assert graphs[-1] <= 6  # three of the layers, three of the last one
 
 
 def test_the_reference_and_generation_are_not_touched(tiny_model, counter):

@@ -4,14 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.models.test_logps import relative
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-def relative(value, exact):
-    return ((value.double() - exact).norm() / exact.norm()).item()
 
 
 def separate(gate, gate_a, gate_b, up, up_a, up_b):

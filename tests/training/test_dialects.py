@@ -68,10 +68,8 @@ def test_equals_evaluating_the_dialect_alone(model_dir, tmp_path, method):
     names = ["eval_loss"] if method == "sft" else ["eval_loss", "eval_rewards/accuracies"]
     for tag, dialect in enumerate(held_out.dialects, 1):
         alone = ours.trainer.evaluate(GroupDataset([group for group in held_out if group.tag == tag]))
-        for name in names:
-            assert metrics[f"{name}/{dialect}"] == pytest.approx(alone[name], rel=1.2e-7, abs=1e-6), (
-                name
-            )  # a float32's last bit
+        for name in names:  # but for a float32's last bit
+            assert metrics[f"{name}/{dialect}"] == pytest.approx(alone[name], rel=1.2e-7, abs=1e-6), name
     assert sum("/EGY" in name for name in metrics) == len(names)
     whole = ours.trainer.evaluate(GroupDataset([group._replace(tag=0) for group in held_out]))
     assert {name: metrics[name] for name in metrics if "/EGY" not in name and "/LEV" not in name} == {

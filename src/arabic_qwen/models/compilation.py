@@ -58,9 +58,9 @@ def check_compilable(config: BaseConfig, flash: bool) -> None:
 
 
 def compile_packed(model: Any) -> None:
-    """Compile what `model(packed=batch)` runs on a GPU: the decoder layers and the head's softmax.
+    """Compile the decoder layers that `model(packed=batch)` runs on a GPU, and let a kernel compute the head's softmax.
 
-    The first batches take a minute or two longer. Lengths are dynamic: no batch is compiled again for its shape. Calls
+    The first batches take a minute or two longer. Lengths are dynamic: no batch of several targets is compiled again. Calls
     without `packed` (generation) are not compiled.
 
     Args:

@@ -66,7 +66,8 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, compiled):
-        fused, scores = compiled and hidden.is_cuda, _eager
+        fused = compiled and hidden.is_cuda
+        scores = _eager
         if fused:
             from arabic_qwen.models import kernels  # not every build of PyTorch brings Triton
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from arabic_qwen.data.packing import Completion, Group, PackedBatch, best_fit_decreasing, pack
 from arabic_qwen.errors import ModelLoadError
 from arabic_qwen.models.attention import PACKED_ATTENTION, flash_runs
-from arabic_qwen.models.layers import packed_forwards, set_packed_forward
+from arabic_qwen.models.layers import decoder_layers, last_layer, set_packed_forward
 from arabic_qwen.models.logps import matmul_dtype, token_logps
 
 
@@ -28,7 +28,7 @@ def enable_packed_forward(model: PreTrainedModel, use_flash: bool = True) -> Non
     """
     check_attention(str(model.name_or_path), model.config)
     model.set_attn_implementation(PACKED_ATTENTION)
-    set_packed_forward(*packed_forwards(model)[-1])
+    set_packed_forward(decoder_layers(model)[-1], last_layer)
     ordinary = type(model).forward
 
     def forward(self, *args, packed: PackedBatch | None = None, **kwargs):
