@@ -1,7 +1,7 @@
 """Training speed of this package, TRL and Unsloth: same model, adapters, token ids and order, and the same outcome.
 
     python benchmarks/throughput.py --methods sft,dpo,ipo,kto,cpo,simpo --peers ours,ours-fp8,trl,unsloth
-        [--shape 0.5b|1.5b|3b|7b|14b | --model PATH] [--data PATH] [--json [FILE]] [--seconds N] [--only TEXT]
+        [--shape 0.5b|1.5b|3b|7b|14b | --model PATH] [--data PATH] [--json [FILE]] [--seconds N] [--only PATTERN]
         [--dtype T] [--warmup N] [--steps N] [--batch-size N] [--micro-batch N] [--negatives K] [--equal-lengths]
         [--set KEY=VALUE …]
 
@@ -42,6 +42,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -116,12 +117,11 @@ def in_own_process(runs: list[dict[str, Any]], seconds: float) -> list[dict[str,
     found = json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
     if len(found) == len(runs):
         return found
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
+    print("\n".join(lines[-40:]), file=sys.stderr)
+    reason = OUT_OF_MEMORY if OUT_OF_MEMORY in lines[-1] else lines[-1][:300]
     if late:
         reason = f"not done after {seconds:.0f} s"
-    else:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
-        print("\n".join(lines[-40:]), file=sys.stderr)
-        reason = OUT_OF_MEMORY if OUT_OF_MEMORY in lines[-1] else lines[-1][:300]
     return found + [{"failed": reason}] * (len(runs) - len(found))
 
 
@@ -223,7 +223,7 @@ def measure_all(report: Report) -> None:
         for peer in (peer for peer in args.peers if not peer.startswith("ours")):
             for tries in attempts(peer, method, args.micro_batch):
                 for settings in tries:
-                    if args.only and args.only not in variant(peer, settings):
+                    if not re.search(args.only, variant(peer, settings)):
                         continue
                     run = specification(method, peer, settings, args, report.folder)
                     installed = peer != "unsloth" or importlib.util.find_spec("unsloth")
@@ -284,6 +284,15 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def pattern(text: str) -> str:
+    """A regular expression, for argparse."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
+    return text
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", "--methods", dest="methods", required=True, help=f"of {','.join(METHODS)}")
@@ -299,7 +308,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--equal-lengths", action="store_true")
     parser.add_argument("--seconds", type=float, default=600, help="limit of one run")
-    parser.add_argument("--only", help="only variants of peers that have this in their name, as 'batch 8'")
+    parser.add_argument("--only", type=pattern, default="", help="only variants of peers whose names match")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON; without FILE print it alone")
     args = parser.parse_args()
     args.methods, args.peers = args.methods.split(","), args.peers.split(",")

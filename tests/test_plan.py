@@ -95,6 +95,17 @@ def test_speed_is_what_was_measured(seven):
     assert on(found)["H100 80GB"].tokens_per_s * useful == pytest.approx(15_696, rel=0.05)
 
 
+def test_a_small_model_waits_for_the_processor(tmp_path):
+    """All weights of a 0.5B on an H100, not compiled, steps of 32 rows of 555 tokens: 30,474 tokens/s."""
+    heads = {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(SEVEN | {"hidden_size": 896, "intermediate_size": 4864} | heads))
+    whole = {"use_lora": False, "packing": False, "max_seq_length": 610, "per_device_train_batch_size": 32}
+    eager = {"torch_compile": False, "gradient_checkpointing": False, "torch_dtype": "bfloat16"}
+    found = estimate.plan(SFTConfig(model_name=str(tmp_path), **whole, **eager))
+    assert on(found)["H100 80GB"].tokens_per_s == pytest.approx(30_474, rel=0.1)
+    assert on(found)["A100 80GB"].tokens_per_s == on(found)["H100 80GB"].tokens_per_s
+
+
 def _pass_of_reference(seven):
     """Seconds of a forward pass over a million tokens of pairs on an H100."""
     weights, head = 28 * (2 * 3584 * (3584 + 512) + 3 * 3584 * 18944), 152064 * 3584
@@ -298,7 +309,7 @@ def test_as_a_verb(seven, tmp_path, monkeypatch, capsys):
     assert "not read (data/training.jsonl: does not exist" in text
     for part in (
         "time: training steps and a precomputed reference only",
-        "less time on H100 80GB: base_precision=fp8 (−17%)",
+        "less time on H100 80GB: base_precision=fp8 (−19%)",
         "RTX 3060",
         "weights",
         "█",

@@ -22,7 +22,7 @@ ARGUMENTS = {
     "negatives": 3,
     "equal_lengths": False,
     "seconds": 60.0,
-    "only": None,
+    "only": "",
     "json": None,
 }
 

@@ -12,8 +12,9 @@ from arabic_qwen.errors import DatasetError
 
 
 @pytest.fixture(autouse=True)
-def small_windows(monkeypatch):
+def small_windows(monkeypatch, tmp_path):
     monkeypatch.setattr(stream, "WINDOW", 4)
+    monkeypatch.chdir(tmp_path)
 
 
 class Numbers(GroupDataset):
@@ -25,7 +26,7 @@ class Numbers(GroupDataset):
 
 def numbers(count: int) -> GroupStream:
     rows = [Row(f"f:{i}", {"n": i}) if i % 5 != 3 else BadRow(f"f:{i}", "bad", None) for i in range(count)]
-    bad_rows = BadRows(9, Path("unused"))
+    bad_rows = BadRows(9, Path("bad_rows.jsonl"))
 
     def encode(some, carried):
         for row in some:

@@ -15,6 +15,7 @@ from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models import attention, compilation, scoring
 from arabic_qwen.models.adapters import add_lora
 from arabic_qwen.models.compilation import compile_packed, should_compile
+from arabic_qwen.models.fp8 import convert_to_fp8
 from arabic_qwen.models.scoring import enable_packed_forward
 from tests.models.test_scoring import with_lora
 
@@ -64,11 +65,15 @@ def results(model, batch):
     return [found.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("kind, training", [("qwen2", "lora"), ("qwen3", "lora, recomputed"), ("qwen2", "full")])
+@pytest.mark.parametrize(
+    "kind, training", [("qwen2", "lora"), ("qwen3", "lora, recomputed"), ("qwen2", "full"), ("qwen2", "lora, fp8")]
+)
 def test_equal_to_the_ordinary_pass_and_no_shape_is_compiled_again(tiny_model, counter, kind, training):
     model = tiny_model(kind)
     enable_packed_forward(model)
     model = model if training == "full" else with_lora(model)
+    if "fp8" in training:
+        convert_to_fp8(model.bfloat16(), trainable=True)
     if "recomputed" in training:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()

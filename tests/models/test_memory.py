@@ -20,6 +20,15 @@ SEVEN = Qwen2Config(
     num_key_value_heads=4,
     tie_word_embeddings=False,
 )
+HALF = Qwen2Config(
+    vocab_size=151936,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
 
 
 def lora(**values):
@@ -32,7 +41,7 @@ def peak(config, model_config=SEVEN, dtype=torch.bfloat16, tokens=8192, **values
 
 
 def test_peaks_that_were_measured():
-    """7B shape, LoRA of rank 16 on all linear layers, micro-batches of 8,192 tokens; GB."""
+    """7B shape, LoRA of rank 16 on all linear layers, micro-batches of 8,192 tokens; GB. The last: all of a 0.5B's weights."""
     assert peak(lora()).total / 1e9 == pytest.approx(73, rel=0.1)
     assert peak(lora(), compiled=True).total / 1e9 == pytest.approx(56, rel=0.1)
     assert peak(lora(), compiled=True, recomputed=28).total / 1e9 == pytest.approx(20, rel=0.1)
@@ -40,6 +49,7 @@ def test_peaks_that_were_measured():
     assert peak(lora(lora_dropout=0.1), recomputed=1).total / 1e9 == pytest.approx(75.6, rel=0.1)
     small = {"tokens": 7168, "recomputed": 28}
     assert peak(lora(lora_dropout=0.1, load_in_4bit=True), **small).total / 1e9 == pytest.approx(9.95, rel=0.1)
+    assert peak(SFTConfig(use_lora=False), HALF, tokens=6152).total / 1e9 == pytest.approx(19.88, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])

@@ -27,7 +27,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _matmul_fp8(a, b, scale_a, scale_b, bias=None) -> torch.Tensor:
     """(a · scale_a) @ (b · scale_b).T + bias in bfloat16; a [M, K], b [N, K] e4m3, scales [M, 1] and [N, 1]."""
-    if not len(a):  # the last layer's MLP where no target is; torch refuses
+    if a.shape[0] == 0:  # the last layer's MLP where no target is; len(a) would be compiled anew for each size
         return a.new_empty(0, len(b), dtype=torch.bfloat16)
     return torch._scaled_mm(a, b.t(), scale_a, scale_b.t(), bias=bias, out_dtype=torch.bfloat16)
 
