@@ -354,6 +354,16 @@ class BaseConfig(BaseModel):
         return ConfigurationError("\n".join(dict.fromkeys(problems)))
 
     @property
+    def length_key(self) -> str:
+        """The setting that limits the tokens of a prompt with its answer."""
+        return "max_seq_length"
+
+    @property
+    def sequence_capacity(self) -> int | None:
+        """Tokens that a training sequence is filled up to with several examples; None: it is one example."""
+        return None
+
+    @property
     def resolved_output_dir(self) -> str:
         """`output_dir`, or `./checkpoints/<method>` where it was left unset."""
         return self.output_dir if "output_dir" in self.model_fields_set else f"./checkpoints/{self.method}"

@@ -46,6 +46,10 @@ class PreferenceConfig(BaseConfig):
         None, ge=8, description="Longest prompt with answer, in tokens; longer answers are cut; null: max_seq_length"
     )
 
+    @property
+    def length_key(self) -> str:
+        return "max_length" if self.max_length else "max_seq_length"
+
 
 class ReferenceConfig(PreferenceConfig):
     """Methods that compare the policy with a reference: the model as it is before training, unless another is named."""

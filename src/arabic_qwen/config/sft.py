@@ -16,3 +16,7 @@ class SFTConfig(BaseConfig):
     packing: bool = Field(
         True, description="A training sequence is max_seq_length tokens of several examples, kept apart"
     )
+
+    @property
+    def sequence_capacity(self) -> int | None:
+        return self.max_seq_length if self.packing else None

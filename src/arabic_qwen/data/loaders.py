@@ -62,7 +62,7 @@ class DataLoader:
     def __init__(self, config: Any, tokenizer: PreTrainedTokenizerBase):
         self.config = config
         self.tokenizer = tokenizer
-        self._length_key = "max_length" if getattr(config, "max_length", None) else "max_seq_length"
+        self._length_key: str = config.length_key
         self.max_tokens: int = getattr(config, self._length_key)
         self.bad_rows = BadRows()  # those that load() left out
         self.check_columns = True

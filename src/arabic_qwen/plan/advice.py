@@ -11,7 +11,6 @@ from arabic_qwen.models.sources import is_adapter
 from arabic_qwen.plan.data import Mix
 
 _SHORTEST = 256  # tokens that are advised as the longest
-LENGTHS = ("max_length", "max_seq_length")  # the first that is set limits an example
 
 
 def setting(update: dict[str, Any]) -> str:
@@ -44,7 +43,7 @@ def remedies(config: BaseConfig, mix: Mix, on_gpu: bool) -> list[dict[str, Any]]
         found.append({"load_in_4bit": True} | ({"base_precision": None} if config.base_precision else {}))
     if config.lora_target_modules == "all-linear" and new_adapters:
         found.append({"lora_target_modules": type(config).model_fields["lora_target_modules"].default})
-    length = next(key for key in LENGTHS if getattr(config, key, None))
+    length = config.length_key
     limit = min(getattr(config, length), math.ceil(mix.longest / mix.completions))
     exponents = range((limit - 1).bit_length() - 1, _SHORTEST.bit_length() - 2, -1)
     for tokens in (2**exponent for exponent in exponents):

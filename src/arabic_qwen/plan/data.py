@@ -55,7 +55,7 @@ def mix_of(config: BaseConfig) -> Mix:
         except ModelLoadError as error:  # it has no tokenizer yet
             reason = one_line(error)
     completions = 1 if config.method in ("sft", "kto") else 2
-    limit = getattr(config, "max_length", None) or config.max_seq_length
+    limit = getattr(config, config.length_key)
     prompt, answer = min(250, limit // 2), min(305, limit // 2)
     return Mix(
         tokens=prompt + completions * answer,
@@ -102,7 +102,7 @@ def _sampled_mix(config: BaseConfig) -> Mix:
             raise DatasetError(str(error).partition("; listed in ")[0]) from None
     groups: Sequence[Group] = dataset.groups
     more = max(rows / _SAMPLE, 1.0)
-    capacity = config.max_seq_length if getattr(config, "packing", False) else None
+    capacity = config.sequence_capacity
     sequences = max(round(len(Sequences(groups, capacity)) * more), 1)
     an_epoch = math.ceil(math.ceil(sequences / config.per_device_train_batch_size) / config.gradient_accumulation_steps)
     together = config.per_device_train_batch_size * config.gradient_accumulation_steps

@@ -19,7 +19,7 @@ from arabic_qwen.models.compilation import pays
 from arabic_qwen.models.memory import Memory, ModelShape, frozen_bytes, model_shape, step_memory
 from arabic_qwen.models.scoring import check_attention
 from arabic_qwen.models.sources import is_adapter, locate_configuration, locate_model
-from arabic_qwen.plan.advice import LENGTHS, faster, remedies, setting
+from arabic_qwen.plan.advice import faster, remedies, setting
 from arabic_qwen.plan.checks import check_here, check_on, dtype_there, flash_there, message
 from arabic_qwen.plan.data import Mix, mix_of
 from arabic_qwen.plan.gpus import GPUS, SHOWN, Gpu, known, this_device
@@ -331,8 +331,8 @@ class _Run:
         config, mix = self.config, self.mix
         for update in remedies:
             config = config.model_copy(update=update)
-            for key in update.keys() & set(LENGTHS):
-                mix = mix._replace(longest=min(mix.longest, mix.completions * update[key]))
+            if config.length_key in update:
+                mix = mix._replace(longest=min(mix.longest, mix.completions * update[config.length_key]))
         return _Run(config, mix, self.model_config, self.reference, self.shapes)
 
     @property

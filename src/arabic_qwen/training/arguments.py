@@ -147,8 +147,7 @@ def planned_tokens(config: BaseConfig, dataset: Mapping[str, Any]) -> float:
     if config.max_steps is None:
         return sum(lengths) * config.num_train_epochs
     sequences = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
-    packed = config.max_seq_length if getattr(config, "packing", False) else 0
-    return sequences * max(packed, sum(lengths) / len(lengths))
+    return sequences * max(config.sequence_capacity or 0, sum(lengths) / len(lengths))
 
 
 def _recomputes(config: BaseConfig) -> bool:

@@ -352,7 +352,7 @@ class BaseTrainer(GenerationMixin):
             token_budget=config.token_budget,
             loss_spikes=config.loss_spikes,
             fits_recompute=config.gradient_checkpointing == "auto",
-            sequence_capacity=config.max_seq_length if getattr(config, "packing", False) else None,
+            sequence_capacity=config.sequence_capacity,
             model=self.model,
             args=training_args,
             train_dataset=dataset["train"],
