@@ -196,7 +196,7 @@ def test_runs_are_compared_with_ours(monkeypatch, tmp_path):
     assert best["ours_fp8_configuration"] == "packed" and not [key for key in best if "-" in key]
 
 
-def test_runs_that_fail_or_take_too_long_are_rows(tmp_path):
+def test_runs_that_fail_or_take_too_long_are_rows(tmp_path, monkeypatch):
     import throughput
 
     good = specification("dpo", "ours", tmp_path)
@@ -205,6 +205,11 @@ def test_runs_that_fail_or_take_too_long_are_rows(tmp_path):
     assert done["seconds"] > 0
     assert "lora_r" in failed["failed"] and failed == not_begun
     assert throughput.in_own_process([good, good], 0.001) == [{"failed": "not done after 0 s"}] * 2
+    killed = tmp_path / "killed"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killed))
+    assert throughput.in_own_process([good], 100) == [{"failed": "out of memory"}]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
