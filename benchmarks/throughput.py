@@ -119,10 +119,12 @@ def in_own_process(runs: list[dict[str, Any]], seconds: float) -> list[dict[str,
         return found
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
     print("\n".join(lines[-40:]), file=sys.stderr)
-    lacking = process.returncode == -signal.SIGKILL or OUT_OF_MEMORY in lines[-1]  # the kernel kills what lacks memory
-    reason = OUT_OF_MEMORY if lacking else lines[-1][:300]
     if late:
         reason = f"not done after {seconds:.0f} s"
+    elif process.returncode == -signal.SIGKILL or OUT_OF_MEMORY in lines[-1]:  # the kernel kills what lacks memory
+        reason = OUT_OF_MEMORY
+    else:
+        reason = lines[-1][:300]
     return found + [{"failed": reason}] * (len(runs) - len(found))
 
 

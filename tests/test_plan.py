@@ -99,11 +99,14 @@ def test_a_small_model_waits_for_the_processor(tmp_path):
     """All weights of a 0.5B on an H100, not compiled, steps of 32 rows of 555 tokens: 30,474 tokens/s."""
     heads = {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(SEVEN | {"hidden_size": 896, "intermediate_size": 4864} | heads))
-    whole = {"use_lora": False, "packing": False, "max_seq_length": 610, "per_device_train_batch_size": 32}
+    whole = {"use_lora": False, "packing": False, "max_seq_length": 2048, "per_device_train_batch_size": 32}
     eager = {"torch_compile": False, "gradient_checkpointing": False, "torch_dtype": "bfloat16"}
     found = estimate.plan(SFTConfig(model_name=str(tmp_path), **whole, **eager))
     assert on(found)["H100 80GB"].tokens_per_s == pytest.approx(30_474, rel=0.1)
     assert on(found)["A100 80GB"].tokens_per_s == on(found)["H100 80GB"].tokens_per_s
+    fewer = {"per_device_train_batch_size": 8, "token_budget": 100}  # an example is a micro-batch
+    few = estimate.plan(SFTConfig(model_name=str(tmp_path), **whole | fewer, **eager), ["H100"])
+    assert on(few)["H100 80GB"].tokens_per_s == pytest.approx(555 / (24 * 8.2e-3))
 
 
 def _pass_of_reference(seven):
@@ -222,7 +225,7 @@ def test_sliding_windows_are_refused(seven):
 
 def test_lengths_that_are_advised_cut_something(seven, monkeypatch):
     """Examples of up to 5,421 tokens: a limit of 8,192 would change nothing."""
-    mix = Mix(900, 900, 600, 1e6, gathered=0, longest=5421, completions=1, step=21684, epochs=3)
+    mix = Mix(900, 900, 600, 1e6, gathered=0, longest=5421, completions=1, step=21684, epochs=3, examples_a_step=4)
     monkeypatch.setattr(estimate, "mix_of", lambda config: mix)
     config = SFTConfig(model_name=str(seven), max_seq_length=16384, load_in_4bit=True, lora_r=8)
     for memory, advised in ((8.6e9, "max_seq_length=4096"), (8.0e9, "max_seq_length=2048")):

@@ -188,7 +188,9 @@ def test_tables_of_the_page_are_written_from_results(monkeypatch, tmp_path):
     assert "old" not in new and new.endswith("<!-- end -->\nafter\n") and tables.filled(new) == new
 
 
-@pytest.mark.parametrize("file", ["h100-7b-sft.json", "h100-7b-dpo.json", "h100-7b-methods.json"])
+@pytest.mark.parametrize(
+    "file", ["h100-7b-sft.json", "h100-7b-sft-peers.json", "h100-7b-dpo.json", "h100-7b-methods.json"]
+)
 def test_plan_says_what_was_measured(monkeypatch, tmp_path, file):
     import workload
 

@@ -120,6 +120,16 @@ def test_the_peak_is_that_of_the_timed_steps(monkeypatch, tmp_path):
     assert calls == ["synchronize", "reset_peak_memory_stats", "synchronize"]
 
 
+def test_only_some_variants(monkeypatch, tmp_path):
+    import throughput
+
+    monkeypatch.setattr(throughput, "in_own_process", lambda runs, seconds: [{"failed": throughput.OUT_OF_MEMORY}])
+    only = {"peers": ["trl"], "methods": ["sft"], "micro_batch": 2, "only": "^padded, batch [12]$"}
+    report = throughput.Report({}, argparse.Namespace(**ARGUMENTS | only), str(tmp_path))
+    throughput.measure_all(report)
+    assert [run["variant"] for run in report.runs] == ["padded, batch 2", "padded, batch 1"]
+
+
 def test_the_smallest_concession_that_fits_is_found(monkeypatch, tmp_path):
     import throughput
 

@@ -37,8 +37,8 @@ class Mix(NamedTuple):
     completions: int  # of an example, at most
     step: int  # tokens of an optimizer step, at most
     epochs: float  # of the run
+    examples_a_step: float  # on average
     steps: int | None = None  # of the run; None: the data was not read
-    examples_a_step: float = 1.0
     note: str = ""
 
 
@@ -57,16 +57,21 @@ def mix_of(config: BaseConfig) -> Mix:
     completions = 1 if config.method in ("sft", "kto") else 2
     limit = getattr(config, config.length_key)
     prompt, answer = min(250, limit // 2), min(305, limit // 2)
+    tokens, rows = (
+        prompt + completions * answer,
+        config.per_device_train_batch_size * config.gradient_accumulation_steps,
+    )
     return Mix(
-        tokens=prompt + completions * answer,
+        tokens=tokens,
         budgeted=prompt + (completions + (config.method == "kto")) * answer,
         targets=completions * answer,
         pairs=prompt**2 / 2 + completions * answer * (prompt + answer / 2),
         gathered=completions * prompt if completions > 1 else 0,
         longest=completions * limit,
         completions=completions,
-        step=config.per_device_train_batch_size * config.gradient_accumulation_steps * completions * limit,
+        step=rows * completions * limit,
         epochs=config.num_train_epochs,
+        examples_a_step=rows * max((config.sequence_capacity or 0) / tokens, 1.0),
         note=f"not read ({reason}): assuming prompts of {prompt} tokens, {_COMPLETIONS[completions]} of {answer}, examples "
         f"of up to {completions * limit:,}",
     )
