@@ -57,10 +57,8 @@ def mix_of(config: BaseConfig) -> Mix:
     completions = 1 if config.method in ("sft", "kto") else 2
     limit = getattr(config, config.length_key)
     prompt, answer = min(250, limit // 2), min(305, limit // 2)
-    tokens, rows = (
-        prompt + completions * answer,
-        config.per_device_train_batch_size * config.gradient_accumulation_steps,
-    )
+    tokens = prompt + completions * answer
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     return Mix(
         tokens=tokens,
         budgeted=prompt + (completions + (config.method == "kto")) * answer,

@@ -30,9 +30,7 @@ _FP8 = 1.24  # times as fast; measured on an H100, in DPO and in SFT
 _SMALLEST = 1e8  # parameters: the time of smaller models is not that of their products
 _NF4 = 0.8  # assumed: weights are expanded in each product
 _NOT_COMPILED = 0.65  # assumed: each operation reads and writes the activations
-_LAUNCHES = (
-    8.2e-3  # seconds a layer and micro-batch, not compiled; measured with all weights of a 0.5B on an H100's machine
-)
+_LAUNCHES = 8.2e-3  # seconds a layer and micro-batch, not compiled; measured on an H100, all weights of a 0.5B
 
 
 #: Raises ConfigurationError where training would refuse a configuration on a device.
