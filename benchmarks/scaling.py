@@ -124,7 +124,8 @@ def plot(results: list[dict[str, Any]], path: str) -> None:
         for shared, key in ((axes, "tokens_per_s"), (memory, "peak_gb")):
             shared.set_ylim(0, 1.1 * max((result[key] for result in shown), default=1))
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.tick_params("x", labelsize="small")
+        axes.legend(loc="lower left")
     figure.savefig(path, dpi=120)
 
 

@@ -189,12 +189,12 @@ def test_tables_of_the_page_are_written_from_results(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file", ["h100-7b-sft.json", "h100-7b-sft-peers.json", "h100-7b-dpo.json", "h100-7b-methods.json"]
+    "file", ["h100-7b-sft.json", "h100-7b-sft-peers.json", "h100-7b-dpo.json", "h100-7b-methods.json", "h100-0.5b.json"]
 )
 def test_plan_says_what_was_measured(monkeypatch, tmp_path, file):
     import workload
 
-    workload.shape_config("7b").save_pretrained(tmp_path)
+    workload.shape_config(file.split("-")[1].removesuffix(".json")).save_pretrained(tmp_path)
     report = json.loads((Path(workload.__file__).parent / "results" / file).read_text())
     args = argparse.Namespace(**report["settings"] | {"model": str(tmp_path)})
     for run in (run for run in report["runs"] if run["peer"].startswith("ours")):

@@ -41,7 +41,7 @@ def peak(config, model_config=SEVEN, dtype=torch.bfloat16, tokens=8192, **values
 
 
 def test_peaks_that_were_measured():
-    """7B shape, LoRA of rank 16 on all linear layers, micro-batches of 8,192 tokens; GB. The last: all of a 0.5B's weights."""
+    """7B shape, LoRA of rank 16 on all linear layers, micro-batches of 8,192 tokens; GB. The last: all weights of others."""
     assert peak(lora()).total / 1e9 == pytest.approx(73, rel=0.1)
     assert peak(lora(), compiled=True).total / 1e9 == pytest.approx(56, rel=0.1)
     assert peak(lora(), compiled=True, recomputed=28).total / 1e9 == pytest.approx(20, rel=0.1)
@@ -50,6 +50,11 @@ def test_peaks_that_were_measured():
     small = {"tokens": 7168, "recomputed": 28}
     assert peak(lora(lora_dropout=0.1, load_in_4bit=True), **small).total / 1e9 == pytest.approx(9.95, rel=0.1)
     assert peak(SFTConfig(use_lora=False), HALF, tokens=6152).total / 1e9 == pytest.approx(19.88, rel=0.1)
+    widths = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
+    wider = Qwen2Config(**HALF.to_dict() | widths | {"layer_types": None})
+    for optim, measured in (("adamw", 49.85), ("adamw_8bit", 42.01)):
+        config = SFTConfig(use_lora=False, optim=optim)
+        assert peak(config, wider, tokens=6152).total / 1e9 == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])

@@ -61,6 +61,24 @@ def test_never_more_than_the_limit_and_what_is_there_is_used(law, limit, slack, 
     assert len(law.calls) < 40
 
 
+@given(law=laws, limit=st.integers(10**6, 10**11), recomputes=st.sampled_from([None, False, True]))
+def test_small_models_take_larger_micro_batches_where_nothing_is_recomputed_for_it(law, limit, recomputes):
+    given_layers = None if recomputes is None else law.layers * recomputes
+    values = dict(layers=law.layers, limit=limit, longest=9, recomputed=given_layers)
+    usual, found = fitting.choose(law, **values), fitting.choose(law, busy=50_000, **values)
+    assert found.recomputed == usual.recomputed
+    more = [tokens for tokens in (50_000, 25_000, 12_500) if law(tokens, law.layers - found.recomputed) <= limit]
+    wanted = usual.token_budget == fitting.FULL_BUDGET and (recomputes is not None or usual.recomputed == 0)
+    assert found.token_budget == (more[0] if wanted and more else usual.token_budget)
+    assert found.peak == law(max(found.token_budget, 9), law.layers - found.recomputed)
+
+
+def test_a_layer_that_is_half_as_large_takes_twice_the_tokens():
+    assert fitting.busy_budget(3584, 18944) == fitting.busy_budget(5120, 13824 * 2) == fitting.FULL_BUDGET
+    assert fitting.busy_budget(3584, 18944 // 2) == 2 * fitting.FULL_BUDGET
+    assert fitting.busy_budget(64, 128) == 8 * fitting.FULL_BUDGET
+
+
 @given(law=laws, limit=st.integers(10**6, 10**11))
 def test_what_is_given_stays(law, limit):
     assert fitting.choose(law, layers=law.layers, limit=limit, longest=9, token_budget=77).token_budget == 77
@@ -176,6 +194,16 @@ def test_auto_counts_when_it_is_set_later(model_dir, sft_file, tmp_path, small_g
     trainer.train()
     assert any("layers recomputed" in message for message in caplog.messages)
     assert trainer.trainer.recomputed is not None
+
+
+def test_a_small_model_takes_a_whole_step_at_once(model_dir, sft_file, tmp_path, small_gpu, monkeypatch):
+    monkeypatch.setattr(fitting, "FULL_BUDGET", 50)
+    values = dict(gradient_checkpointing=True, evaluation_strategy="no", per_device_train_batch_size=4)
+    trainer = BaseTrainer(sft_config(model_dir, sft_file, tmp_path / "run", max_steps=1, **values))
+    trainer.train()
+    lengths = sorted((group.num_tokens for group in trainer.dataset["train"].groups), reverse=True)
+    assert 50 < sum(lengths[:4]) <= 8 * 50 * 3
+    assert 50 < trainer.trainer.token_budget <= sum(lengths[:4])
 
 
 def test_small_steps_need_little(model_dir, sft_file, tmp_path, small_gpu):

@@ -20,9 +20,11 @@ from arabic_qwen.models.memory_limit import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-#: Tokens that keep a GPU busy; more only take memory.
+#: Tokens that keep a GPU busy with a 7B; more only take memory.
 FULL_BUDGET = 8192
 PROCESSOR_BUDGET = 2048
+_WIDTHS = 3584 * 18944  # of a 7B's MLP
+_LARGEST_BUDGET = 8 * FULL_BUDGET
 #: Share of the free memory that may be used: micro-batches differ, and what is free is never in one piece.
 USABLE = 0.92
 
@@ -42,12 +44,23 @@ def default_budget() -> int:
     return FULL_BUDGET if torch.cuda.is_available() else PROCESSOR_BUDGET
 
 
+def busy_budget(hidden: int, intermediate: int) -> int:
+    """Tokens that keep a GPU busy: small layers have as many kernels as large ones, and else wait for their launches.
+
+    Args:
+        hidden: width of the model.
+        intermediate: width of its MLP.
+    """
+    return min(max(FULL_BUDGET, FULL_BUDGET * _WIDTHS // (hidden * intermediate)), _LARGEST_BUDGET)
+
+
 def choose(
     measure: Measure,
     *,
     layers: int,
     limit: float,
     longest: int,
+    busy: int = FULL_BUDGET,
     token_budget: int | None = None,
     recomputed: int | None = None,
 ) -> Fit:
@@ -57,10 +70,12 @@ def choose(
         measure: is called a few times; what is chosen has been measured to fit, if anything does.
         layers: of the model.
         longest: tokens of the longest group, which a micro-batch must hold.
+        busy: the largest budget; above FULL_BUDGET it is not bought by recomputing more layers.
         token_budget: where it is given, it stays.
         recomputed: where it is given, it stays.
     """
     measure = functools.cache(measure)
+    grows = token_budget is None
     kept = 0 if recomputed is None else layers - recomputed
     if token_budget is None:
         token_budget = _largest_budget(lambda tokens: measure(tokens, kept), limit, longest)
@@ -68,6 +83,12 @@ def choose(
     peak = measure(tokens, kept)
     if recomputed is None and peak <= limit:
         kept, peak = _most_kept(lambda number: measure(tokens, number), layers, limit, peak)
+    if grows and token_budget == FULL_BUDGET and (recomputed is not None or kept == layers):
+        while busy > token_budget:
+            found = measure(max(busy, longest), kept)
+            if found <= limit:
+                return Fit(busy, layers - kept, found)
+            busy //= 2
     return Fit(token_budget, layers - kept, peak)
 
 
@@ -197,6 +218,7 @@ def fit(trainer: Any) -> None:
     longest = groups[0].num_tokens
     rows = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
     step = largest_step([group.num_tokens for group in groups], rows, trainer.sequence_capacity)
+    widths = trainer.model.config.hidden_size, trainer.model.config.intermediate_size
     moments = moment_bytes(trainer.model, "8bit" in str(trainer.args.optim).lower())
     measure = CudaMeasure(trainer.model, groups, step, 0 if trainer.optimizer.state else moments)
     memory = measure.memory()
@@ -205,6 +227,7 @@ def fit(trainer: Any) -> None:
         layers=len(layers),
         limit=USABLE * memory,
         longest=longest,
+        busy=min(busy_budget(*widths), step),
         token_budget=None if trainer.fits_budget else trainer.token_budget,
         recomputed=None if trainer.fits_recompute else sum(layer.gradient_checkpointing for layer in layers),
     )
