@@ -67,23 +67,28 @@ def _graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def adapters(trainer: Trainer) -> dict[str, torch.Tensor]:
+def trained(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The weights that are trained: adapters alone, or all."""
     # TRL copies the adapters of a model that has some, as reference.
-    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad and ".ref." not in n}
-    assert trained and all("lora_" in name for name in trained), "something but adapters is trained"
-    assert all(p.dtype is torch.float32 for p in trained.values()), "adapters are not float32 masters"
-    return {name: trained[name] for name in sorted(trained)}
+    found = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad and ".ref." not in n}
+    adapters = sum("lora_" in name for name in found)
+    everything = len(list(trainer.model.parameters()))
+    assert adapters == len(found) or (not adapters and len(found) == everything), (
+        "trained: neither adapters alone nor all"
+    )
+    assert all(p.dtype is torch.float32 for p in found.values()), "trained weights are not float32 masters"
+    return {name: found[name] for name in sorted(found)}
 
 
 @torch.no_grad()
 def start_alike(trainer: Trainer) -> None:
     """The same adapters for every peer: libraries draw theirs in different orders."""
     generator = torch.Generator().manual_seed(0)
-    for name, weight in adapters(trainer).items():
+    for name, weight in trained(trainer).items():
         if "lora_A" in name:  # as PEFT does
             bound = weight.shape[1] ** -0.5
             weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
-        else:
+        elif "lora_" in name:
             weight.zero_()
 
 
@@ -101,9 +106,9 @@ def record_losses(trainer: Trainer) -> list[tuple[int, torch.Tensor]]:
 
 
 def measure(trainer: Trainer, warmup: int, update_file: str | None = None) -> dict[str, Any]:
-    """Train and time; asserts that every loss is finite and that every adapter weight matrix has learned."""
+    """Train and time; asserts that every loss is finite and that every trained weight matrix has learned."""
     start_alike(trainer)
-    before = {name: weight.detach().to("cpu", copy=True) for name, weight in adapters(trainer).items()}
+    before = {name: weight.detach().to("cpu", copy=True) for name, weight in trained(trainer).items()}
     clock = Clock(warmup)
     trainer.add_callback(clock)
     trainer.remove_callback(PrinterCallback)
@@ -113,9 +118,9 @@ def measure(trainer: Trainer, warmup: int, update_file: str | None = None) -> di
     for step, loss in recorded:
         losses[step] += float(loss)
     assert np.isfinite(losses).all(), f"loss is not finite: {losses}"
-    updates = {name: weight.detach().cpu() - before[name] for name, weight in adapters(trainer).items()}
+    updates = {name: weight.detach().cpu() - before[name] for name, weight in trained(trainer).items()}
     still = [name for name, update in updates.items() if not update.norm() > 0]
-    assert not still, f"{len(still)} adapter weights had no gradient, {still[0]} first: this measured nothing"
+    assert not still, f"{len(still)} trained weights had no gradient, {still[0]} first: this measured nothing"
     if update_file:
         np.save(update_file, torch.cat([update.flatten() for update in updates.values()]).numpy())
     return {
@@ -130,9 +135,9 @@ def measure(trainer: Trainer, warmup: int, update_file: str | None = None) -> di
 
 
 def load(config: Any) -> BaseTrainer:
-    """The model with adapters, for :func:`ours`."""
+    """The model with adapters, or without where all weights are trained, for :func:`ours`."""
     loaded = BaseTrainer(config)
-    loaded.setup_lora()
+    loaded.setup_lora() if config.use_lora else loaded.setup_model_and_tokenizer()
     return loaded
 
 

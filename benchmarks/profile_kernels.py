@@ -4,7 +4,8 @@
         [--warmup N] [--json FILE] [--set KEY=VALUE …]
 
 Rows as in throughput.py. One step is recorded by torch.profiler after the warm-up; idle is the time of the step in which no
-kernel ran. Recording makes a step a little slower. Without a GPU the classes are those of PyTorch's operators.
+kernel ran: `gaps` between kernels, the longest first, in the JSON, the rest before the first and after the last. Recording
+makes a step a little slower. Without a GPU the classes are those of PyTorch's operators.
 """
 
 from __future__ import annotations
@@ -80,13 +81,16 @@ def kernels(recorded: profile) -> list[tuple[str, float, float, float]]:
     return found
 
 
-def busy(found: list[tuple[str, float, float, float]]) -> float:
-    """Milliseconds in which anything ran."""
-    total = last = 0.0
-    for _, start, end, _ in sorted(found, key=lambda kernel: kernel[1]):
-        total += max(0.0, end - max(start, last))
+def gaps(found: list[tuple[str, float, float, float]]) -> tuple[list[dict[str, Any]], float]:
+    """When nothing ran between kernels, the longest first, and the milliseconds in which anything did."""
+    found = sorted(found, key=lambda kernel: kernel[1])
+    first = last = found[0][1]
+    idle = []
+    for name, start, end, _ in found:
+        if start > last:
+            idle.append({"ms": round(start - last, 2), "after_ms": round(last - first, 2), "before": name[:120]})
         last = max(last, end)
-    return total
+    return sorted(idle, key=lambda gap: -gap["ms"]), last - first - sum(gap["ms"] for gap in idle)
 
 
 def analyse(found: list[tuple[str, float, float, float]], seconds: float) -> dict[str, Any]:
@@ -96,9 +100,12 @@ def analyse(found: list[tuple[str, float, float, float]], seconds: float) -> dic
         by_class[kernel_class(name)] += own
         by_name[name].append(own)
     top = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:15]
+    idle, busy = gaps(found)
     return {
         "step_ms": round(seconds * 1e3, 1),
-        "idle_ms": round(max(0.0, seconds * 1e3 - busy(found)), 1),
+        "idle_ms": round(max(0.0, seconds * 1e3 - busy), 1),
+        "gaps_ms": round(sum(gap["ms"] for gap in idle), 1),
+        "gaps": idle[:10],
         "classes_ms": {kind: round(ms, 1) for kind, ms in sorted(by_class.items(), key=lambda item: -item[1])},
         "top": [
             {"kernel": name[:120], "class": kernel_class(name), "calls": len(times), "ms": round(sum(times), 2)}

@@ -100,7 +100,8 @@ def measure(point: Point, loaded: BaseTrainer, args: argparse.Namespace, folder:
         return point._asdict() | result
     timed = groups[: rows * args.steps]
     result["tokens_per_s"] = round(workload.useful_tokens(timed) / result["seconds"], 1)
-    result["mfu"] = workload.mfu(workload.useful_flops(point.method, timed, shape, config.lora_r), result["seconds"])
+    flops = workload.useful_flops(point.method, timed, shape, workload.rank(config))
+    result["mfu"] = workload.mfu(flops, result["seconds"])
     return point._asdict() | {"rows": rows} | result
 
 

@@ -9,7 +9,8 @@ All train LoRA adapters (r=16, all linear layers, float32 masters, no dropout) f
 optimizer. Steps after the warm-up are timed; with them the reference pass of DPO, IPO and KTO, and KTO's mismatched
 completions. It fails when the loss is not finite or an adapter weight got no gradient. Every run of a peer is a process of
 its own; ours measures all methods in one, each with new adapters and a new optimizer. "ours-fp8" is ours with
-base_precision=fp8; --set gives further settings of ours (lora_r and lora_alpha of all). workload.py says what useful tokens
+base_precision=fp8; --set gives further settings of ours (lora_r and lora_alpha of all; use_lora=false trains all weights, in
+one method of ours alone). workload.py says what useful tokens
 and MFU are.
 
 --batch-size rows make an optimizer step. Peers take it in micro-batches of --micro-batch rows: padded, and for SFT
@@ -186,7 +187,7 @@ class Report:
         if "failed" not in result:
             groups = timed_groups(method, self.args, self.folder)
             entry["tokens_per_s"] = round(workload.useful_tokens(groups) / result["seconds"], 1)
-            rank = workload.configuration(method, self.args, self.folder).lora_r
+            rank = workload.rank(workload.configuration(method, self.args, self.folder))
             flops = workload.useful_flops(method, groups, workload.model_config(self.args.model), rank)
             entry["mfu"] = workload.mfu(flops, result["seconds"])
             self._compare(entry, run)
@@ -321,6 +322,8 @@ def arguments() -> argparse.Namespace:
             parser.error(f"choose from {', '.join(known)}, separated by commas; got {', '.join(given)}")
     if args.batch_size % args.micro_batch:
         parser.error("--batch-size must be a multiple of --micro-batch")
+    if "use_lora=false" in args.set and (args.peers != ["ours"] or len(args.methods) > 1):
+        parser.error("--set use_lora=false is for --peers ours and one method: others train adapters here")
     return args
 
 

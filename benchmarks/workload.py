@@ -5,7 +5,7 @@ without shared prompts would process it.
 
 MFU is useful FLOPs / seconds / peak of dense bfloat16. Useful FLOPs are those of the products that the method cannot do
 without, on separate sequences: for each token 2 FLOPs a weight of the layers forward and 2 for the gradient of their
-input, 6 a weight of the adapters; for each learned token the same 4 a weight of the head; causal attention, 2 n² · query
+input, 6 a weight of the adapters; for each learned token the same 4 a weight of the head; 6 where all weights are trained; causal attention, 2 n² · query
 width forward and twice that backward for a sequence of n tokens, in each layer. Passes without gradient (the reference
 of DPO, IPO and KTO, and KTO's mismatched completions) count once forward. Recomputed activations, padding, the
 optimizer and the adapters' part of a reference pass do not count. Prompts that are shared are work avoided, so they raise it.
@@ -199,15 +199,20 @@ def useful_tokens(groups: list[Group]) -> int:
     return sum(len(group.prompt) + len(c.ids) for group in groups for c in group.completions)
 
 
-def useful_flops(method: str, groups: list[Group], config: Any, rank: int) -> float:
-    """FLOPs of the module's formula, for training adapters of this rank on all linear layers of the layers."""
+def rank(config: BaseConfig) -> int | None:
+    """Of the adapters; None where all weights are trained."""
+    return config.lora_r if config.use_lora else None
+
+
+def useful_flops(method: str, groups: list[Group], config: Any, rank: int | None) -> float:
+    """FLOPs of the module's formula, for adapters of this rank on all linear layers of the layers; None: all weights."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     hidden, width, kv = config.hidden_size, config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     products = [(hidden, width), (hidden, kv), (hidden, kv), (width, hidden)]
     products += [(hidden, config.intermediate_size)] * 2 + [(config.intermediate_size, hidden)]
     layers = config.num_hidden_layers
     weights = layers * sum(a * b for a, b in products)
-    adapters = layers * sum(rank * (a + b) for a, b in products)
+    adapters = layers * sum((rank or 0) * (a + b) for a, b in products)
 
     def cost(group: Group, completion: Completion, backward: bool) -> float:
         tokens = len(group.prompt) + len(completion.ids)
@@ -215,7 +220,7 @@ def useful_flops(method: str, groups: list[Group], config: Any, rank: int) -> fl
         attention = 2 * layers * tokens**2 * width
         if not backward:
             return linear + attention
-        return 2 * linear + 3 * attention + 6 * adapters * tokens
+        return (2 if rank else 3) * linear + 3 * attention + 6 * adapters * tokens
 
     total = 0.0
     for group in groups:

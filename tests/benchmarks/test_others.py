@@ -122,8 +122,9 @@ def test_overlapping_kernels_are_busy_once():
     import profile_kernels
 
     found = [("a", 1.0, 3.0, 2.0), ("b", 2.0, 4.0, 2.0), ("c", 6.0, 7.0, 1.0), ("d", 6.2, 6.4, 0.2)]
-    assert profile_kernels.busy(found) == 4.0
-    assert profile_kernels.analyse(found, 0.01)["idle_ms"] == 6.0
+    report = profile_kernels.analyse(found, 0.01)
+    assert (report["idle_ms"], report["gaps_ms"]) == (6.0, 2.0)
+    assert report["gaps"] == [{"ms": 2.0, "after_ms": 3.0, "before": "c"}]
 
 
 def test_quality_of_a_setting(monkeypatch, tmp_path, capsys):

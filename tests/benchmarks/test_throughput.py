@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -174,7 +175,6 @@ def test_what_makes_a_benchmark_worthless(capsys):
 
 
 def test_runs_are_compared_with_ours(monkeypatch, tmp_path):
-    import numpy as np
     import throughput
 
     given = []
@@ -235,6 +235,21 @@ def test_methods_in_one_process_are_as_alone(tmp_path, dtype):
     assert other["losses"] == run_alone(runs[1])["losses"]
 
 
+def test_all_weights(tmp_path, monkeypatch, capsys):
+    import one_run
+    import throughput
+
+    whole = {"args": ARGUMENTS | {"set": ["use_lora=false"]}, "update_file": str(tmp_path / "update.npy")}
+    run_alone(specification("sft", "ours", tmp_path) | whole)
+    loaded = one_run.load(one_run.configured(specification("sft", "ours", tmp_path) | whole)[0])
+    assert len(np.load(tmp_path / "update.npy")) == loaded.model.num_parameters()
+    for others in (["--methods", "sft", "--peers", "ours,trl"], ["--methods", "sft,dpo", "--peers", "ours"]):
+        monkeypatch.setattr(sys, "argv", ["throughput.py", *others, "--set", "use_lora=false"])
+        with pytest.raises(SystemExit):
+            throughput.arguments()
+        assert "--set use_lora=false is for --peers ours and one method" in capsys.readouterr().err
+
+
 def test_a_model_of_a_shape_trains(monkeypatch, tmp_path):
     import workload
 
@@ -246,7 +261,6 @@ def test_a_model_of_a_shape_trains(monkeypatch, tmp_path):
 
 
 def test_useful_flops_are_those_of_a_count_by_hand():
-    import numpy as np
     import workload
     from transformers import Qwen2Config
 
@@ -264,6 +278,7 @@ def test_useful_flops_are_those_of_a_count_by_hand():
     linear, head, attention = weights * 8, 8 * 10 * 5, 2 * 2 * 64 * 8
     training = 4 * (linear + head) + 3 * attention + 6 * adapters * 8
     assert workload.useful_flops("sft", [group], config, rank=4) == training
+    assert workload.useful_flops("sft", [group], config, rank=None) == 6 * (linear + head) + 3 * attention
     assert workload.useful_flops("dpo", [group], config, rank=4) == training + 2 * (linear + head) + attention
 
 
