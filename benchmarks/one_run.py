@@ -131,6 +131,7 @@ def measure(trainer: Trainer, warmup: int, update_file: str | None = None) -> di
         "peak_gb": workload.peak_gb(),
         "compiled_while_timed": clock.compiled,
         "padding_free": bool(getattr(trainer, "padding_free", False)),
+        **{name: getattr(trainer, name) for name in ("token_budget", "recomputed") if hasattr(trainer, name)},
     }
 
 

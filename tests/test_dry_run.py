@@ -64,6 +64,21 @@ def test_memory_and_time_follow_from_what_was_measured(model_dir, monkeypatch):
     assert f"{largest / 50:.2f} GB activations" in cost
 
 
+def test_what_fits_is_chosen_for_the_whole_run(model_dir, sft_file, monkeypatch):
+    """Not for the few examples that are measured."""
+    seen = []
+
+    def fit(trainer):
+        seen.append((len(trainer.train_groups), trainer.args.per_device_train_batch_size))
+        trainer.token_budget = 77 if len(seen) == 1 else trainer.token_budget
+
+    monkeypatch.setattr("arabic_qwen.training.fitting.fit", fit)
+    config = config_for("sft", model_dir, dataset_path=str(sft_file), packing=False, per_device_train_batch_size=3)
+    lines = dry_run.dry_run(config)
+    assert seen[0] == (len(BaseTrainer(config).load_and_validate_dataset()["train"].groups), 3)
+    assert "of token_budget=77 filled" in "\n".join(lines)
+
+
 def test_errors_are_those_of_the_run(model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DatasetError, match=r"none\.jsonl: cannot be read"):

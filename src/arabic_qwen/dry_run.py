@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 import time
@@ -34,6 +35,13 @@ class Measured(NamedTuple):
 
 class _Stop(Exception):
     pass
+
+
+class _Begin(TrainerCallback):
+    """Stops where the first step would begin, and what fits has been chosen."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        raise _Stop
 
 
 class _Meter(TrainerCallback):
@@ -77,6 +85,7 @@ def dry_run(config: BaseConfig) -> list[str]:
         if isinstance(dataset["train"], GroupStream):
             _, engine.train_groups = next(dataset["train"].windows({}))
         lines += [f"{name:<11}{split.summary()}" for name, split in dataset.items()]
+        _begin(engine, _Begin())
         lines += _step_lines(engine, config)
         lines += _cost_lines(engine, config)
     if run.finished:
@@ -141,6 +150,14 @@ def _cost_lines(engine: PackedTrainer, config: BaseConfig) -> list[str]:
     ]
 
 
+def _begin(engine: PackedTrainer, callback: TrainerCallback) -> None:
+    """Train until the callback stops it."""
+    engine.callback_handler.callbacks = [callback]
+    with contextlib.suppress(_Stop):
+        engine.train()
+    engine.model.zero_grad()  # sets gradients to None
+
+
 def _measure(engine: PackedTrainer) -> Measured:
     """Forward and backward of one micro-batch of the first examples, by the engine's own training loop."""
     limit = engine.token_budget if torch.cuda.is_available() else min(engine.token_budget, _PROCESSOR_TOKENS)
@@ -151,13 +168,10 @@ def _measure(engine: PackedTrainer) -> Measured:
         sample.append(group)
         tokens += group.num_tokens
     engine.sequence_capacity, engine.args.gradient_accumulation_steps = None, 1
-    engine.callback_handler.callbacks = [meter := _Meter()]
+    meter = _Meter()
     for groups in (sample[:1], sample):  # the first pass also brings in weights and kernels
         engine.train_groups, engine.args.per_device_train_batch_size = groups, len(groups)
-        try:
-            engine.train()
-        except _Stop:
-            engine.model.zero_grad()  # sets gradients to None
+        _begin(engine, meter)
     return Measured(tokens, meter.seconds, meter.resident, meter.peak)
 
 

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.packing import pack
@@ -121,6 +122,25 @@ def test_gradient_checkpointing_and_workers_change_nothing(model_dir, sft_file, 
         sft_config(model_dir, sft_file, tmp_path / "b", gradient_checkpointing=True, dataloader_num_workers=2)
     )
     assert all(torch.equal(plain[name], other[name]) for name in plain)
+
+
+def test_all_layers_recompute_from_the_first_step(model_dir, sft_file, tmp_path, monkeypatch):
+    norm, calls = Qwen2RMSNorm.forward, []
+
+    def counted(*args):
+        calls.append(args)
+        return norm(*args)
+
+    monkeypatch.setattr(Qwen2RMSNorm, "forward", counted)
+    numbers = []
+    for recompute in (False, True):
+        calls.clear()
+        values = dict(validation_split=0, token_budget=10_000, max_steps=1)
+        BaseTrainer(
+            sft_config(model_dir, sft_file, tmp_path / str(recompute), gradient_checkpointing=recompute, **values)
+        ).train()
+        numbers.append(len(calls))
+    assert numbers == [5, 9]  # two in each of two layers, and the last one
 
 
 class StopAfter(TrainerCallback):

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from arabic_qwen.data.packing import Completion, Group
 from arabic_qwen.models.layers import decoder_layers, recompute_first
+from arabic_qwen.plan import estimate
 from arabic_qwen.training import fitting
 from arabic_qwen.training.base_trainer import BaseTrainer
+from tests.training.preference_runs import preference_config, write_data
 from tests.training.test_engine import StopAfter, sft_config
 
 
@@ -202,8 +204,19 @@ def test_a_small_model_takes_a_whole_step_at_once(model_dir, sft_file, tmp_path,
     trainer = BaseTrainer(sft_config(model_dir, sft_file, tmp_path / "run", max_steps=1, **values))
     trainer.train()
     lengths = sorted((group.num_tokens for group in trainer.dataset["train"].groups), reverse=True)
-    assert 50 < sum(lengths[:4]) <= 8 * 50 * 3
-    assert 50 < trainer.trainer.token_budget <= sum(lengths[:4])
+    assert trainer.trainer.token_budget == sum(lengths[:4]) > 50
+
+
+def test_a_step_of_kto_is_counted_as_it_is_cut(model_dir, tmp_path, small_gpu, monkeypatch):
+    """With each completion's mismatched one, as in `plan`."""
+    monkeypatch.setattr(fitting, "FULL_BUDGET", 50)
+    data = write_data("kto", tmp_path)
+    config = preference_config("kto", model_dir, data, tmp_path, token_budget=None, max_steps=1)
+    trainer = BaseTrainer(config)
+    trainer.train()
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    lengths = sorted((group.num_budgeted for group in trainer.dataset["train"].groups), reverse=True)
+    assert trainer.trainer.token_budget == sum(lengths[:rows]) == estimate.plan(config, ["H100"]).mix.step
 
 
 def test_small_steps_need_little(model_dir, sft_file, tmp_path, small_gpu):

@@ -23,7 +23,7 @@ from arabic_qwen.plan.advice import faster, remedies, setting
 from arabic_qwen.plan.checks import check_here, check_on, dtype_there, flash_there, message
 from arabic_qwen.plan.data import Mix, mix_of
 from arabic_qwen.plan.gpus import GPUS, SHOWN, Gpu, known, this_device
-from arabic_qwen.training.fitting import PROCESSOR_BUDGET, Fit, busy_budget, choose
+from arabic_qwen.training.fitting import FULL_BUDGET, PROCESSOR_BUDGET, Fit, busy_budget, choose
 from arabic_qwen.training.objectives import METHODS
 
 _FP8 = 1.24  # times as fast; measured on an H100, in DPO and in SFT
@@ -268,7 +268,8 @@ class _Run:
         """Seconds in which the processor launches the kernels of an example's part of a step."""
         mix, objective = self.mix, self.objective
         tokens = mix.examples_a_step * mix.budgeted
-        micro_batch = max(tokens / math.ceil(tokens / fit.token_budget), mix.budgeted)
+        largest = min(fit.token_budget, FULL_BUDGET)  # what more tokens save was not measured
+        micro_batch = max(tokens / math.ceil(tokens / largest), mix.budgeted)
         passes = 3 + objective.needs_reference + objective.needs_kl + objective.whole_step  # the backward one is two
         return _LAUNCHES[self.compiled(gpu)] * passes / 3 * self.shape_on(gpu).layers * mix.budgeted / micro_batch
 

@@ -173,8 +173,7 @@ class PackedTrainer(GuardedTrainer):
         """Forward and backward of every micro-batch of the step; returns this rank's part of the loss × ranks."""
         if not inputs.groups and not self.accelerator.gradient_state.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        if not model.training:  # after an evaluation; it visits every module
-            model.train()
+        model.train()
         random_state, sums = self._random_state(), dict(self._sums)
 
         def again() -> None:

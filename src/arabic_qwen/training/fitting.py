@@ -20,10 +20,10 @@ from arabic_qwen.models.memory_limit import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-#: Tokens that keep a GPU busy with a 7B; more only take memory.
+#: Tokens that keep a GPU busy with the layers of a 7B; more only take memory.
 FULL_BUDGET = 8192
 PROCESSOR_BUDGET = 2048
-_WIDTHS = 3584 * 18944  # of a 7B's MLP
+_MLP_OF_7B = 3584 * 18944  # weights of each of its three products
 _LARGEST_BUDGET = 8 * FULL_BUDGET
 #: Share of the free memory that may be used: micro-batches differ, and what is free is never in one piece.
 USABLE = 0.92
@@ -51,7 +51,7 @@ def busy_budget(hidden: int, intermediate: int) -> int:
         hidden: width of the model.
         intermediate: width of its MLP.
     """
-    return min(max(FULL_BUDGET, FULL_BUDGET * _WIDTHS // (hidden * intermediate)), _LARGEST_BUDGET)
+    return min(max(FULL_BUDGET, FULL_BUDGET * _MLP_OF_7B // (hidden * intermediate)), _LARGEST_BUDGET)
 
 
 def choose(
@@ -70,7 +70,7 @@ def choose(
         measure: is called a few times; what is chosen has been measured to fit, if anything does.
         layers: of the model.
         longest: tokens of the longest group, which a micro-batch must hold.
-        busy: the largest budget; above FULL_BUDGET it is not bought by recomputing more layers.
+        busy: the largest budget, or a half or a quarter of it; above FULL_BUDGET only where nothing more is recomputed for it.
         token_budget: where it is given, it stays.
         recomputed: where it is given, it stays.
     """
@@ -217,8 +217,9 @@ def fit(trainer: Any) -> None:
     groups = sorted(groups, key=lambda group: -group.num_tokens)
     longest = groups[0].num_tokens
     rows = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
-    step = largest_step([group.num_tokens for group in groups], rows, trainer.sequence_capacity)
-    widths = trainer.model.config.hidden_size, trainer.model.config.intermediate_size
+    lengths = sorted((group.num_budgeted for group in groups), reverse=True)
+    step = largest_step(lengths, rows, trainer.sequence_capacity)
+    busy = busy_budget(trainer.model.config.hidden_size, trainer.model.config.intermediate_size)
     moments = moment_bytes(trainer.model, "8bit" in str(trainer.args.optim).lower())
     measure = CudaMeasure(trainer.model, groups, step, 0 if trainer.optimizer.state else moments)
     memory = measure.memory()
@@ -227,7 +228,7 @@ def fit(trainer: Any) -> None:
         layers=len(layers),
         limit=USABLE * memory,
         longest=longest,
-        busy=min(busy_budget(*widths), step),
+        busy=min(busy, step),
         token_budget=None if trainer.fits_budget else trainer.token_budget,
         recomputed=None if trainer.fits_recompute else sum(layer.gradient_checkpointing for layer in layers),
     )
