@@ -312,6 +312,7 @@ def test_as_a_verb(seven, tmp_path, monkeypatch, capsys):
     assert "7,615,616,512 parameters in 28 layers, 40,370,176 more in adapters; its weights are not on" in text
     assert "not read (data/training.jsonl: does not exist" in text
     for part in (
+        "bfloat16, compiled: RTX 3060, ",
         "time: training steps and a precomputed reference only",
         "less time on H100 80GB: base_precision=fp8 (−19%)",
         "RTX 3060",

@@ -34,6 +34,7 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
     yield f"data   {escape(plan.mix.note)}{steps}"
     yield ""
     yield _devices(plan)
+    yield f"computed in {'; in '.join(_computed(plan))}"
     yield "time: training steps and a precomputed reference only; evaluations, samples and compiling come on top"
     if any(device.fits and not device.seconds for device in plan.devices):
         yield "–: not known of processors, other GPUs, small models, float32, int8, DoRA, or without flash attention"
@@ -70,6 +71,15 @@ def _devices(plan: Plan) -> Table:
             _duration(device.seconds) if device.seconds else "–",
         )
     return table
+
+
+def _computed(plan: Plan) -> Iterator[str]:
+    """In which precision, and whether compiled, with the names of the devices."""
+    names: dict[str, list[str]] = {}
+    for device in plan.devices:
+        how = str(device.dtype).removeprefix("torch.") + ", compiled" * device.compiled
+        names.setdefault(how, []).append(escape(device.name))
+    return (f"{how}: {', '.join(devices)}" for how, devices in names.items())
 
 
 def _bars(plan: Plan) -> Iterator[RenderableType]:
