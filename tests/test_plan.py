@@ -119,6 +119,34 @@ def _pass_of_reference(seven):
     return 1e6 / tokens * operations / (gpu.peak * gpu.share)
 
 
+def test_small_steps_wait_for_the_processor(seven):
+    """Twice the rows in the same time, until micro-batches are full; recomputing launches the forward kernels again."""
+
+    def planned(rows, recomputes=False):
+        config = pairs(seven, per_device_train_batch_size=rows, torch_compile=False, gradient_checkpointing=recomputes)
+        return estimate.plan(config, ["H100"])
+
+    def device(*args):
+        return planned(*args).devices[1]
+
+    said = "slowed down by the processor, which launches many small kernels: H100 80GB; a larger"
+    assert [any(said in str(line) for line in tables.tables(planned(rows))) for rows in (1, 64)] == [True, False]
+    one, two, full = device(1), device(2), device(64)
+    assert one.waits and two.waits and not full.waits
+    assert two.tokens_per_s == pytest.approx(2 * one.tokens_per_s)
+    assert device(1, True).tokens_per_s == pytest.approx(
+        4 / 5 * one.tokens_per_s
+    )  # passes: a reference's, forward, backward
+
+
+def test_sizes_that_fp8_cannot_take_are_planned_without_it(tmp_path):
+    sizes = {"hidden_size": 1000, "num_attention_heads": 10, "num_key_value_heads": 2, "intermediate_size": 20_000}
+    (tmp_path / "config.json").write_text(json.dumps(SEVEN | sizes))
+    found = estimate.plan(SFTConfig(model_name=str(tmp_path), per_device_train_batch_size=32), ["H100"])
+    assert on(found)["H100 80GB"].tokens_per_s > 0
+    assert all("fp8" not in change.setting for change in on(found)["H100 80GB"].faster)
+
+
 def test_recomputing_and_a_reference_take_time(seven):
     def seconds(**values):
         config = pairs(seven, per_device_train_batch_size=16, **values)  # fewer rows wait for the processor

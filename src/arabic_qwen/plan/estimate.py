@@ -68,6 +68,7 @@ class Estimate:
     refusal: str  # why `train` would not start there, whatever the memory; or ""
     tokens_per_s: float | None = None
     seconds: float | None = None  # of the run's steps, or of a million tokens
+    waits: bool = False  # for the processor, which launches the kernels
     changes: list[Change] = dataclasses.field(default_factory=list)  # that make it fit
     faster: list[Faster] = dataclasses.field(default_factory=list)
 
@@ -252,6 +253,7 @@ class _Run:
         found = Estimate(name, gpu.memory, gpu.limit, *self.fit(gpu), compiled, dtype, refusal)
         if found.fits and self._rate(gpu):
             found.tokens_per_s, found.seconds = self._speed(gpu, found.fit)
+            found.waits = math.isclose(found.tokens_per_s, self.mix.tokens / self._launches(gpu, found.fit))
             found.faster = self._faster(gpu, found.seconds, check)
         elif found.parts.total > gpu.limit:
             found.changes = self._changes(gpu, check, refusal)
@@ -270,14 +272,19 @@ class _Run:
         tokens = mix.examples_a_step * mix.budgeted
         largest = min(fit.token_budget, FULL_BUDGET)  # what more tokens save was not measured
         micro_batch = max(tokens / math.ceil(tokens / largest), mix.budgeted)
+        layers = self.shape_on(gpu).layers
         passes = 3 + objective.needs_reference + objective.needs_kl + objective.whole_step  # the backward one is two
-        return _LAUNCHES[self.compiled(gpu)] * passes / 3 * self.shape_on(gpu).layers * mix.budgeted / micro_batch
+        passes += fit.recomputed / layers
+        return _LAUNCHES[self.compiled(gpu)] * passes / 3 * layers * mix.budgeted / micro_batch
 
     def _faster(self, gpu: Gpu, seconds: float, check: Check) -> list[Faster]:
         found = []
         for update in faster(self.config):
             run = self._with([update])
-            if run.is_valid and run.fits(gpu) and not message(check, run.config, gpu):
+            refusal = message(run.shape_on, gpu) or message(
+                check, run.config, gpu
+            )  # the shape: of sizes fp8 cannot take
+            if run.is_valid and not refusal and run.fits(gpu):
                 _, needed = run._speed(gpu, run.fit(gpu)[0])
                 if needed < 0.97 * seconds:
                     found.append(Faster(setting(update), needed))

@@ -35,6 +35,12 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
     yield ""
     yield _devices(plan)
     yield f"computed in {'; in '.join(_computed(plan))}"
+    if waiting := [escape(device.name) for device in plan.devices if device.waits]:
+        yield (
+            f"slowed down by the processor, which launches many small kernels: {', '.join(waiting)}; a larger "
+            "per_device_train_batch_size, until a step fills token_budget, takes less time a token"
+        )
+    yield "tokens/s: of those computed, where a prompt counts once for all its answers"
     yield "time: training steps and a precomputed reference only; evaluations, samples and compiling come on top"
     if any(device.fits and not device.seconds for device in plan.devices):
         yield "–: not known of processors, other GPUs, small models, float32, int8, DoRA, or without flash attention"
@@ -160,6 +166,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "recomputed_layers": device.fit.recomputed,
                 "tokens_per_s": device.tokens_per_s,
                 "seconds": device.seconds,
+                "waits_for_processor": device.waits,
                 "faster": [change._asdict() for change in device.faster],
                 "changes": [
                     change._asdict() | {"saved": round(change.saved), "least": round(change.least)}
