@@ -67,15 +67,14 @@ def _graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def trained(trainer: Trainer) -> dict[str, torch.Tensor]:
+def trained(trainer: Trainer, use_lora: bool) -> dict[str, torch.Tensor]:
     """The weights that are trained: adapters alone, or all."""
     # TRL copies the adapters of a model that has some, as reference.
     found = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad and ".ref." not in n}
-    adapters = sum("lora_" in name for name in found)
-    everything = len(list(trainer.model.parameters()))
-    assert adapters == len(found) or (not adapters and len(found) == everything), (
-        "trained: neither adapters alone nor all"
-    )
+    if use_lora:
+        assert found and all("lora_" in name for name in found), "something but adapters is trained"
+    else:
+        assert len(found) == len(list(trainer.model.parameters())), "not all weights are trained"
     assert all(p.dtype is torch.float32 for p in found.values()), "trained weights are not float32 masters"
     return {name: found[name] for name in sorted(found)}
 
@@ -84,11 +83,11 @@ def trained(trainer: Trainer) -> dict[str, torch.Tensor]:
 def start_alike(trainer: Trainer) -> None:
     """The same adapters for every peer: libraries draw theirs in different orders."""
     generator = torch.Generator().manual_seed(0)
-    for name, weight in trained(trainer).items():
+    for name, weight in trained(trainer, use_lora=True).items():
         if "lora_A" in name:  # as PEFT does
             bound = weight.shape[1] ** -0.5
             weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
-        elif "lora_" in name:
+        else:
             weight.zero_()
 
 
@@ -105,10 +104,11 @@ def record_losses(trainer: Trainer) -> list[tuple[int, torch.Tensor]]:
     return found
 
 
-def measure(trainer: Trainer, warmup: int, update_file: str | None = None) -> dict[str, Any]:
+def measure(trainer: Trainer, warmup: int, use_lora: bool, update_file: str | None = None) -> dict[str, Any]:
     """Train and time; asserts that every loss is finite and that every trained weight matrix has learned."""
-    start_alike(trainer)
-    before = {name: weight.detach().to("cpu", copy=True) for name, weight in trained(trainer).items()}
+    if use_lora:
+        start_alike(trainer)
+    before = {name: weight.detach().to("cpu", copy=True) for name, weight in trained(trainer, use_lora).items()}
     clock = Clock(warmup)
     trainer.add_callback(clock)
     trainer.remove_callback(PrinterCallback)
@@ -118,7 +118,7 @@ def measure(trainer: Trainer, warmup: int, update_file: str | None = None) -> di
     for step, loss in recorded:
         losses[step] += float(loss)
     assert np.isfinite(losses).all(), f"loss is not finite: {losses}"
-    updates = {name: weight.detach().cpu() - before[name] for name, weight in trained(trainer).items()}
+    updates = {name: weight.detach().cpu() - before[name] for name, weight in trained(trainer, use_lora).items()}
     still = [name for name, update in updates.items() if not update.norm() > 0]
     assert not still, f"{len(still)} trained weights had no gradient, {still[0]} first: this measured nothing"
     if update_file:
@@ -152,10 +152,12 @@ def ours(loaded: BaseTrainer, config: Any, groups: list[Group]) -> Trainer:
     return trainer.create_trainer(trainer.dataset, trainer.get_training_arguments(), [])
 
 
-def measured(create: Callable[[], Trainer], warmup: int, update_file: str | None = None) -> dict[str, Any]:
+def measured(
+    create: Callable[[], Trainer], warmup: int, use_lora: bool, update_file: str | None = None
+) -> dict[str, Any]:
     """:func:`measure` of the trainer that `create` makes; memory that does not suffice is a result too."""
     try:
-        return measure(create(), warmup, update_file)
+        return measure(create(), warmup, use_lora, update_file)
     except (RuntimeError, TrainingError) as error:
         if not lacks_memory(error):
             raise
@@ -173,7 +175,7 @@ def run(specification: dict[str, Any], loaded: BaseTrainer | None) -> dict[str, 
         peer = peers.unsloth_peer if specification["peer"] == "unsloth" else peers.trl_peer
         return peer(config, workload.in_training_order(config, groups), specification)
 
-    return measured(create, specification["args"]["warmup"], specification["update_file"])
+    return measured(create, specification["args"]["warmup"], config.use_lora, specification["update_file"])
 
 
 def configured(specification: dict[str, Any]) -> tuple[BaseConfig, list[Group]]:

@@ -81,16 +81,22 @@ def kernels(recorded: profile) -> list[tuple[str, float, float, float]]:
     return found
 
 
-def gaps(found: list[tuple[str, float, float, float]]) -> tuple[list[dict[str, Any]], float]:
-    """When nothing ran between kernels, the longest first, and the milliseconds in which anything did."""
+def gaps(found: list[tuple[str, float, float, float]]) -> list[tuple[float, float, str]]:
+    """When nothing ran between kernels: start, end and the kernel after it, in milliseconds, the longest first."""
     found = sorted(found, key=lambda kernel: kernel[1])
-    first = last = found[0][1]
+    last = found[0][1]
     idle = []
     for name, start, end, _ in found:
         if start > last:
-            idle.append({"ms": round(start - last, 2), "after_ms": round(last - first, 2), "before": name[:120]})
+            idle.append((last, start, name))
         last = max(last, end)
-    return sorted(idle, key=lambda gap: -gap["ms"]), last - first - sum(gap["ms"] for gap in idle)
+    return sorted(idle, key=lambda gap: gap[0] - gap[1])
+
+
+def busy(found: list[tuple[str, float, float, float]]) -> float:
+    """Milliseconds in which anything ran."""
+    first, last = min(start for _, start, _, _ in found), max(end for _, _, end, _ in found)
+    return last - first - sum(end - start for start, end, _ in gaps(found))
 
 
 def analyse(found: list[tuple[str, float, float, float]], seconds: float) -> dict[str, Any]:
@@ -100,12 +106,15 @@ def analyse(found: list[tuple[str, float, float, float]], seconds: float) -> dic
         by_class[kernel_class(name)] += own
         by_name[name].append(own)
     top = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:15]
-    idle, busy = gaps(found)
+    idle, first = gaps(found), min(start for _, start, _, _ in found)
     return {
         "step_ms": round(seconds * 1e3, 1),
-        "idle_ms": round(max(0.0, seconds * 1e3 - busy), 1),
-        "gaps_ms": round(sum(gap["ms"] for gap in idle), 1),
-        "gaps": idle[:10],
+        "idle_ms": round(max(0.0, seconds * 1e3 - busy(found)), 1),
+        "gaps_ms": round(sum(end - start for start, end, _ in idle), 1),
+        "gaps": [
+            {"ms": round(end - start, 2), "after_ms": round(start - first, 2), "before": name[:120]}
+            for start, end, name in idle[:10]
+        ],
         "classes_ms": {kind: round(ms, 1) for kind, ms in sorted(by_class.items(), key=lambda item: -item[1])},
         "top": [
             {"kernel": name[:120], "class": kernel_class(name), "calls": len(times), "ms": round(sum(times), 2)}

@@ -95,7 +95,7 @@ def measure(point: Point, loaded: BaseTrainer, args: argparse.Namespace, folder:
     )
     shape = workload.model_config(args.model)
     groups = groups_of(point, rows * steps, shape.vocab_size)
-    result = one_run.measured(lambda: one_run.ours(loaded, config, groups), args.warmup)
+    result = one_run.measured(lambda: one_run.ours(loaded, config, groups), args.warmup, config.use_lora)
     if "failed" in result:
         return point._asdict() | result
     timed = groups[: rows * args.steps]

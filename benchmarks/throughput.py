@@ -10,8 +10,7 @@ optimizer. Steps after the warm-up are timed; with them the reference pass of DP
 completions. It fails when the loss is not finite or an adapter weight got no gradient. Every run of a peer is a process of
 its own; ours measures all methods in one, each with new adapters and a new optimizer. "ours-fp8" is ours with
 base_precision=fp8; --set gives further settings of ours (lora_r and lora_alpha of all; use_lora=false trains all weights, in
-one method of ours alone). workload.py says what useful tokens
-and MFU are.
+one method of ours alone). workload.py says what useful tokens and MFU are.
 
 --batch-size rows make an optimizer step. Peers take it in micro-batches of --micro-batch rows: padded, and for SFT
 padding-free (TRL 1.15 and 1.16 have switched it off for the others), each without gradient checkpointing, or with the

@@ -5,8 +5,9 @@ without shared prompts would process it.
 
 MFU is useful FLOPs / seconds / peak of dense bfloat16. Useful FLOPs are those of the products that the method cannot do
 without, on separate sequences: for each token 2 FLOPs a weight of the layers forward and 2 for the gradient of their
-input, 6 a weight of the adapters; for each learned token the same 4 a weight of the head; 6 where all weights are trained; causal attention, 2 n² · query
-width forward and twice that backward for a sequence of n tokens, in each layer. Passes without gradient (the reference
+input, 6 a weight of the adapters; for each learned token the same 4 a weight of the head; 6 instead of 4 where all weights
+are trained; causal attention, 2 n² · query width forward and twice that backward for a sequence of n tokens, in each layer.
+Passes without gradient (the reference
 of DPO, IPO and KTO, and KTO's mismatched completions) count once forward. Recomputed activations, padding, the
 optimizer and the adapters' part of a reference pass do not count. Prompts that are shared are work avoided, so they raise it.
 """

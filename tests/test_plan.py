@@ -134,9 +134,8 @@ def test_small_steps_wait_for_the_processor(seven):
     one, two, full = device(1), device(2), device(64)
     assert one.waits and two.waits and not full.waits
     assert two.tokens_per_s == pytest.approx(2 * one.tokens_per_s)
-    assert device(1, True).tokens_per_s == pytest.approx(
-        4 / 5 * one.tokens_per_s
-    )  # passes: a reference's, forward, backward
+    # Four passes (a reference's, forward, and the backward one is two) and one more.
+    assert device(1, True).tokens_per_s == pytest.approx(4 / 5 * one.tokens_per_s)
 
 
 def test_sizes_that_fp8_cannot_take_are_planned_without_it(tmp_path):

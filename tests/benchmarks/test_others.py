@@ -44,10 +44,10 @@ def test_a_point_that_does_not_fit_is_one(monkeypatch, tmp_path, capsys):
 
     measure = one_run.measure
 
-    def too_much(trainer, warmup, update_file):
+    def too_much(trainer, warmup, use_lora, update_file):
         if trainer.train_dataset[0].num_budgeted > 16:
             raise TrainingError("out of memory with an example alone (32 tokens); lower max_seq_length")
-        return measure(trainer, warmup)
+        return measure(trainer, warmup, use_lora)
 
     monkeypatch.setattr(one_run, "measure", too_much)
     options = ["--lengths", "16,32", "--ratios", "3:1", "--negatives", "1", "--tokens-per-step", "16"]
@@ -122,9 +122,12 @@ def test_overlapping_kernels_are_busy_once():
     import profile_kernels
 
     found = [("a", 1.0, 3.0, 2.0), ("b", 2.0, 4.0, 2.0), ("c", 6.0, 7.0, 1.0), ("d", 6.2, 6.4, 0.2)]
+    assert profile_kernels.busy(found) == 4.0
     report = profile_kernels.analyse(found, 0.01)
     assert (report["idle_ms"], report["gaps_ms"]) == (6.0, 2.0)
     assert report["gaps"] == [{"ms": 2.0, "after_ms": 3.0, "before": "c"}]
+    many = [("e", i * 0.01, i * 0.01 + 0.006, 0.006) for i in range(1000)]  # gaps too short to be seen one by one
+    assert profile_kernels.analyse(many, 0.01)["gaps_ms"] == pytest.approx(4.0, abs=0.05)
 
 
 def test_quality_of_a_setting(monkeypatch, tmp_path, capsys):

@@ -252,19 +252,22 @@ class _Run:
         refusal = message(check, self.config, gpu)
         found = Estimate(name, gpu.memory, gpu.limit, *self.fit(gpu), compiled, dtype, refusal)
         if found.fits and self._rate(gpu):
-            found.tokens_per_s, found.seconds = self._speed(gpu, found.fit)
-            found.waits = math.isclose(found.tokens_per_s, self.mix.tokens / self._launches(gpu, found.fit))
+            found.tokens_per_s, found.seconds, found.waits = self._speed(gpu, found.fit)
             found.faster = self._faster(gpu, found.seconds, check)
         elif found.parts.total > gpu.limit:
             found.changes = self._changes(gpu, check, refusal)
         return found
 
-    def _speed(self, gpu: Gpu, fit: Fit) -> tuple[float, float]:
-        """Tokens of the stream a second, as the log counts them; seconds of the run, or of a million tokens."""
+    def _speed(self, gpu: Gpu, fit: Fit) -> tuple[float, float, bool]:
+        """Tokens of the stream a second, as the log counts them; seconds of the run, or of a million tokens; whether it waits.
+
+        A small model's kernels are done before the processor has launched the next ones.
+        """
         tokens, rate = self.mix.tokens, self._rate(gpu)
         step, before = (operations / rate for operations in self._operations(self.shape_on(gpu), fit.recomputed))
-        step = max(step, self._launches(gpu, fit))  # a small model's kernels are done before the next ones are launched
-        return tokens / step, (self.tokens or 1e6) / tokens * (step + before)
+        launches = self._launches(gpu, fit)
+        waits, step = launches > step, max(launches, step)
+        return tokens / step, (self.tokens or 1e6) / tokens * (step + before), waits
 
     def _launches(self, gpu: Gpu, fit: Fit) -> float:
         """Seconds in which the processor launches the kernels of an example's part of a step."""
@@ -281,11 +284,10 @@ class _Run:
         found = []
         for update in faster(self.config):
             run = self._with([update])
-            refusal = message(run.shape_on, gpu) or message(
-                check, run.config, gpu
-            )  # the shape: of sizes fp8 cannot take
-            if run.is_valid and not refusal and run.fits(gpu):
-                _, needed = run._speed(gpu, run.fit(gpu)[0])
+            # The shape refuses sizes that fp8 cannot take.
+            refused = message(run.shape_on, gpu) or message(check, run.config, gpu)
+            if run.is_valid and not refused and run.fits(gpu):
+                _, needed, _ = run._speed(gpu, run.fit(gpu)[0])
                 if needed < 0.97 * seconds:
                     found.append(Faster(setting(update), needed))
         return found

@@ -79,11 +79,15 @@ def _devices(plan: Plan) -> Table:
     return table
 
 
+def _precision(device: Estimate) -> str:
+    return str(device.dtype).removeprefix("torch.")
+
+
 def _computed(plan: Plan) -> Iterator[str]:
     """In which precision, and whether compiled, with the names of the devices."""
     names: dict[str, list[str]] = {}
     for device in plan.devices:
-        how = str(device.dtype).removeprefix("torch.") + ", compiled" * device.compiled
+        how = _precision(device) + ", compiled" * device.compiled
         names.setdefault(how, []).append(escape(device.name))
     return (f"{how}: {', '.join(devices)}" for how, devices in names.items())
 
@@ -156,7 +160,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "name": device.name,
                 "memory": round(device.memory),
                 "usable": round(device.limit),
-                "dtype": str(device.dtype).removeprefix("torch."),
+                "dtype": _precision(device),
                 "compiled": device.compiled,
                 "peak": round(device.parts.total),
                 "parts": {name: round(size) for name, size in device.parts._asdict().items()},
