@@ -346,8 +346,9 @@ def test_fp8_products(inputs, outputs, compiled):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("base_precision", [None, pytest.param("fp8", marks=needs_fp8)])
-def test_compiled_layers_compute_the_same(model_dir, base_precision, checkpointing):
-    config = SFTConfig(base_precision=base_precision, lora_target_modules="all-linear", lora_dropout=0.0)
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "gate_proj", "up_proj"]])
+def test_compiled_layers_compute_the_same(model_dir, targets, base_precision, checkpointing):
+    config = SFTConfig(base_precision=base_precision, lora_target_modules=targets, lora_dropout=0.0)
     groups = [([3, 4, 5], [[6, 7, 8], [9]]), ([7] * 40, [[8] * 33])]
 
     def run(compiled):
@@ -375,6 +376,20 @@ def test_compiled_layers_compute_the_same(model_dir, base_precision, checkpointi
     assert all(name in kernels for name in ("_head_scores", "_swiglu_backward"))
     for ours, eager in zip(found, run(compiled=False), strict=True):
         assert relative(ours, eager.double()) < 0.05  # sums in another order
+
+
+def test_memory_grows_in_place(model_dir, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    torch.cuda.empty_cache()
+    model = load_model(str(model_dir), SFTConfig(), trainable=False)
+    addresses = {parameter.data_ptr() for parameter in model.parameters()}
+    holding = [
+        segment["is_expandable"]
+        for segment in torch.cuda.memory_snapshot()
+        if any(segment["address"] <= one < segment["address"] + segment["total_size"] for one in addresses)
+    ]
+    assert holding and all(holding)
 
 
 @needs_fp8

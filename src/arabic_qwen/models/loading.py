@@ -22,6 +22,7 @@ from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ModelLoadError
 from arabic_qwen.models.adapters import load_adapter, save_adapter
 from arabic_qwen.models.fp8 import convert_to_fp8
+from arabic_qwen.models.memory_limit import let_segments_grow
 from arabic_qwen.models.precision import check_fp8, compute_dtype, device, keep_quantized_layout, quantization
 from arabic_qwen.models.safety import read_json, refuse_pickle
 from arabic_qwen.models.scoring import enable_packed_forward
@@ -112,6 +113,7 @@ def load_model(name: str, config: BaseConfig, *, trainable: bool) -> PreTrainedM
 
 
 def _load_weights(name: str, path: str, dtype: torch.dtype, config: BaseConfig, quantized: Any) -> PreTrainedModel:
+    let_segments_grow()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -18,6 +20,19 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def let_segments_grow() -> None:
+    """Let PyTorch's allocator grow what it has taken from a CUDA device, rather than take more.
+
+    Packed batches are of ever other sizes. What was kept of earlier ones, each somewhat too small, fills the memory, until
+    all of it is given back and taken anew in the middle of a step. What the user has set stays, and so does the default on
+    Windows, which cannot, and in WSL, where "out of memory" would be another error.
+    """
+    chosen = "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ
+    wsl = "microsoft" in platform.release().lower()
+    if torch.cuda.is_available() and torch.version.cuda and platform.system() == "Linux" and not (chosen or wsl):
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
