@@ -192,9 +192,19 @@ def test_tables_of_the_page_are_written_from_results(monkeypatch, tmp_path):
     assert "old" not in new and new.endswith("<!-- end -->\nafter\n") and tables.filled(new) == new
 
 
-@pytest.mark.parametrize(
-    "file", ["h100-7b-sft.json", "h100-7b-sft-peers.json", "h100-7b-dpo.json", "h100-7b-methods.json", "h100-0.5b.json"]
-)
+RESULTS = ["7b-sft", "7b-sft-peers", "7b-dpo", "7b-methods", "7b-growing-segments", "0.5b", "0.5b-8192"]
+
+
+def planned_on_h100(monkeypatch, config, groups, steps, **update):
+    """What `plan` says of compiled steps over these groups, and the tokens of their streams."""
+    step = sum(group.num_budgeted for group in groups) // steps
+    mix = Mix(**examples_of(groups), step=step, epochs=1.0, steps=steps, examples_a_step=len(groups) // steps)
+    monkeypatch.setattr(estimate, "mix_of", lambda config: mix)
+    update |= {"torch_dtype": "bfloat16", "torch_compile": True}
+    return estimate.plan(config.model_copy(update=update), ["H100"]).devices[1], sum(g.num_tokens for g in groups)
+
+
+@pytest.mark.parametrize("file", [f"h100-{name}.json" for name in RESULTS])
 def test_plan_says_what_was_measured(monkeypatch, tmp_path, file):
     import workload
 
@@ -205,11 +215,24 @@ def test_plan_says_what_was_measured(monkeypatch, tmp_path, file):
         config = workload.configuration(run["method"], args, str(tmp_path), per_device_train_batch_size=args.batch_size)
         groups = workload.in_training_order(config, workload.load_groups(config, args))
         timed = groups[args.warmup * args.batch_size :]
-        step = sum(group.num_budgeted for group in timed) // args.steps
-        mix = Mix(**examples_of(timed), step=step, epochs=1.0, steps=args.steps, examples_a_step=args.batch_size)
-        monkeypatch.setattr(estimate, "mix_of", lambda config, mix=mix: mix)
         precision = "fp8" if run["peer"] == "ours-fp8" else None
-        update = {"torch_dtype": "bfloat16", "torch_compile": True, "base_precision": precision}
-        device = estimate.plan(config.model_copy(update=update), ["H100"]).devices[1]
-        assert device.tokens_per_s == pytest.approx(sum(g.num_tokens for g in timed) / run["seconds"], rel=0.1)
+        device, tokens = planned_on_h100(monkeypatch, config, timed, args.steps, base_precision=precision)
+        assert device.tokens_per_s == pytest.approx(tokens / run["seconds"], rel=0.1)
         assert device.parts.total == pytest.approx(1e9 * run["peak_gb"], rel=0.1)
+
+
+def test_plan_says_what_lengths_and_ratios_change(monkeypatch, tmp_path):
+    import scaling
+    import workload
+
+    workload.shape_config("7b").save_pretrained(tmp_path)
+    report = json.loads((Path(workload.__file__).parent / "results" / "h100-7b-scaling.json").read_text())
+    args = argparse.Namespace(**report["settings"] | {"model": str(tmp_path)})
+    for measured in report["points"]:
+        point = scaling.Point(*[measured[name] for name in scaling.Point._fields])
+        rows = measured["rows"]
+        config = workload.configuration(
+            point.method, args, str(tmp_path), per_device_train_batch_size=rows, max_seq_length=2**15
+        )
+        device, tokens = planned_on_h100(monkeypatch, config, scaling.groups_of(point, rows, 152_064), 1)
+        assert device.tokens_per_s == pytest.approx(tokens / measured["seconds"] * args.steps, rel=0.05)

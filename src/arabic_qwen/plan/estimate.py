@@ -23,13 +23,20 @@ from arabic_qwen.plan.advice import faster, remedies, setting
 from arabic_qwen.plan.checks import check_here, check_on, dtype_there, flash_there, message
 from arabic_qwen.plan.data import Mix, mix_of
 from arabic_qwen.plan.gpus import GPUS, SHOWN, Gpu, known, this_device
-from arabic_qwen.training.fitting import FULL_BUDGET, PROCESSOR_BUDGET, Fit, busy_budget, choose
+from arabic_qwen.training.fitting import PROCESSOR_BUDGET, Fit, busy_budget, choose
 from arabic_qwen.training.objectives import METHODS
 
+# Three parts of a step's time, which on an H100 give what was measured of a 7B in five methods and at 512 to 32,768 tokens,
+# and of a 0.5B in two methods, within 5 %.
+_PRODUCTS = 0.81  # of the data sheet's peak that matrix products reach
+_ATTENTION = {True: 0.35, False: 0.6}  # that attention reaches on Hopper and newer; on others assumed
+_TRAFFIC = (
+    3.9  # bytes read and written in a pass, of each that layers keep for their backward pass, which is two passes
+)
+_NOT_COMPILED = 2.2  # times as many bytes; measured with a 7B in SFT and DPO
 _FP8 = 1.24  # times as fast; measured on an H100, in DPO and in SFT
-_SMALLEST = 1e8  # parameters: the time of smaller models is not that of their products
-_NF4 = 0.8  # assumed: weights are expanded in each product
-_NOT_COMPILED = 0.65  # assumed: each operation reads and writes the activations
+_SMALLEST = 1e8  # parameters: the time of smaller models is not known
+_NF4 = 0.87  # weights are expanded in each product; measured with a 7B in DPO
 #: Seconds a layer and micro-batch, measured with a 0.5B on an H100: compiled, of adapters; not compiled, of all weights.
 _LAUNCHES = {True: 5.2e-3, False: 8.2e-3}
 
@@ -104,7 +111,7 @@ def plan(config: BaseConfig, gpus: Sequence[str] = ()) -> Plan:
     config = _with_own_adapter(config)
     other = getattr(config, "ref_model_name", None)
     frozen = config.model_copy(update={"use_lora": False})
-    reference = _shape(other, _configuration_of(other)[1], frozen, torch.float32) if other else None
+    reference = _shape(other, _configuration_of(other)[1], frozen, torch.bfloat16) if other else None
     run = _Run(config, mix, model_config, reference, {})
     name, here = this_device()
     devices = [run.estimate(name, here, check_here)]
@@ -251,7 +258,7 @@ class _Run:
         compiled, dtype = self.compiled(gpu), dtype_there(self.config, gpu)
         refusal = message(check, self.config, gpu)
         found = Estimate(name, gpu.memory, gpu.limit, *self.fit(gpu), compiled, dtype, refusal)
-        if found.fits and self._rate(gpu):
+        if found.fits and self._speed_known(gpu):
             found.tokens_per_s, found.seconds, found.waits = self._speed(gpu, found.fit)
             found.faster = self._faster(gpu, found.seconds, check)
         elif found.parts.total > gpu.limit:
@@ -263,22 +270,29 @@ class _Run:
 
         A small model's kernels are done before the processor has launched the next ones.
         """
-        tokens, rate = self.mix.tokens, self._rate(gpu)
-        step, before = (operations / rate for operations in self._operations(self.shape_on(gpu), fit.recomputed))
+        tokens = self.mix.tokens
+        step, before = self._computing(gpu, fit.recomputed)
         launches = self._launches(gpu, fit)
         waits, step = launches > step, max(launches, step)
         return tokens / step, (self.tokens or 1e6) / tokens * (step + before), waits
 
     def _launches(self, gpu: Gpu, fit: Fit) -> float:
         """Seconds in which the processor launches the kernels of an example's part of a step."""
-        mix, objective = self.mix, self.objective
+        mix, layers = self.mix, self.shape_on(gpu).layers
         tokens = mix.examples_a_step * mix.budgeted
-        largest = min(fit.token_budget, FULL_BUDGET)  # what more tokens save was not measured
-        micro_batch = max(tokens / math.ceil(tokens / largest), mix.budgeted)
-        layers = self.shape_on(gpu).layers
-        passes = 3 + objective.needs_reference + objective.needs_kl + objective.whole_step  # the backward one is two
-        passes += fit.recomputed / layers
+        micro_batch = max(tokens / math.ceil(tokens / fit.token_budget), mix.budgeted)
+        reference = self.objective.needs_reference and not self.precomputes
+        passes = self.forward_passes + fit.recomputed / layers + 2 + reference
         return _LAUNCHES[self.compiled(gpu)] * passes / 3 * layers * mix.budgeted / micro_batch
+
+    @property
+    def forward_passes(self) -> int:
+        """Of the policy in a step; the backward one takes as long as two."""
+        return 1 + self.objective.needs_kl + self.objective.whole_step
+
+    @property
+    def precomputes(self) -> bool:
+        return getattr(self.config, "precompute_reference", False)
 
     def _faster(self, gpu: Gpu, seconds: float, check: Check) -> list[Faster]:
         found = []
@@ -292,31 +306,40 @@ class _Run:
                     found.append(Faster(setting(update), needed))
         return found
 
-    def _rate(self, gpu: Gpu) -> float:
-        """Operations a second; 0: not known."""
+    def _speed_known(self, gpu: Gpu) -> bool:
         half = dtype_there(self.config, gpu).itemsize == 2
         slow = self.config.load_in_8bit or self.config.use_dora or not self.config.use_flash_attention
-        if not half or slow or self.shape_on(gpu).parameters < _SMALLEST:
-            return 0.0
-        rate = gpu.peak * gpu.share
-        rate *= _FP8 if self.config.base_precision == "fp8" else 1.0
-        rate *= 1.0 if self.compiled(gpu) else _NOT_COMPILED
-        return rate * (_NF4 if self.config.load_in_4bit else 1.0)
+        return gpu.peak > 0 and half and not slow and self.shape_on(gpu).parameters >= _SMALLEST
 
-    def _operations(self, shape: ModelShape, recomputed: int) -> tuple[float, float]:
-        """Multiplications and additions that an example takes in a step, and its share of a pass before training."""
-        mix, objective, use_lora = self.mix, self.objective, self.config.use_lora
+    def _computing(self, gpu: Gpu, recomputed: int) -> tuple[float, float]:
+        """Seconds of an example in a step, and of its share of a pass before training.
+
+        Of matrix products, of attention, and of what is read and written between them.
+        """
+        mix, shape, config = self.mix, self.shape_on(gpu), self.config
+        rate = (_FP8 if config.base_precision == "fp8" else 1) * (_NF4 if config.load_in_4bit else 1)
+        attention_rate = _ATTENTION[gpu.capability >= (9, 0)] * gpu.peak
+        traffic_rate = gpu.bandwidth / _TRAFFIC / (1 if self.compiled(gpu) else _NOT_COMPILED)
+
+        def seconds(products: float, attention: float, kept: float) -> float:
+            return (products / (_PRODUCTS * gpu.peak) + attention / attention_rate + kept / traffic_rate) / rate
+
         layers, attention, head = _forward(shape, mix)
-        forward = layers + attention
-        more = objective.needs_kl + objective.whole_step  # passes of the policy without gradient
-        backward = layers * (1 if use_lora else 2) + 2.5 * attention + head * (1 if use_lora else 3)
-        step = (forward + head) * (1 + more) + forward * recomputed / shape.layers + backward
-        if not objective.needs_reference:
+        trained = 0 if config.use_lora else 1
+        forward = self.forward_passes + recomputed / shape.layers
+        step = seconds(
+            layers * (forward + 1 + trained) + head * (self.forward_passes + 1 + 2 * trained),
+            attention * (forward + 2.5),
+            shape.kept * shape.layers * mix.tokens * (forward + 2),
+        )
+        if not self.objective.needs_reference:
             return step, 0.0
+        other = self.reference or shape
+        layers, attention, head = _forward(other, mix)
         # KTO's other completion, budgeted too, shares the prompt.
-        reference = sum(_forward(self.reference or shape, mix)) * mix.budgeted / mix.tokens
-        precomputed = getattr(self.config, "precompute_reference", False)
-        return (step, reference / mix.epochs) if precomputed else (step + reference, 0.0)
+        more = mix.budgeted / mix.tokens
+        reference = more * seconds(layers + head, attention, other.kept * other.layers * mix.tokens)
+        return (step, reference / mix.epochs) if self.precomputes else (step + reference, 0.0)
 
     def _changes(self, gpu: Gpu, check: Check, refusal: str) -> list[Change]:
         """What to change until it fits, the cheapest first, each on top of those before; `refusal`: of what is given."""

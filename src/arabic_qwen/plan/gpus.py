@@ -17,11 +17,11 @@ _GIGABYTE = 0.985e9  # bytes of a GPU that is sold with one more GB, at least: w
 
 
 class Gpu(NamedTuple):
-    """What a GPU has, by its data sheet; `share`: of its products' peak that training reaches. Or a processor."""
+    """What a GPU has, by its data sheet. Or a processor."""
 
     memory: float  # bytes
     peak: float  # dense bfloat16 operations a second, summed in float32; 0: not known
-    share: float
+    bandwidth: float  # bytes a second
     capability: tuple[int, int]  # CUDA's compute capability; (0, 0): a processor
 
     @property
@@ -34,19 +34,17 @@ class Gpu(NamedTuple):
         return USABLE * (self.memory - _CONTEXT) if self.is_gpu else self.memory
 
 
-# Measured: the H100, compiled, DPO at 15,696 useful tokens/s on the 7B shape (510e12 operations a second by plan's count).
-# The others are assumed: the fewer operations a byte of bandwidth, the larger the share.
 GPUS = {
-    "RTX 3060": Gpu(12.6e9, 25e12, 0.6, (8, 6)),
-    "RTX 3090": Gpu(25.3e9, 71e12, 0.6, (8, 6)),
-    "RTX 4090": Gpu(25.3e9, 165e12, 0.55, (8, 9)),
-    "L4": Gpu(23.7e9, 60e12, 0.5, (8, 9)),
-    "A10": Gpu(23.7e9, 62e12, 0.55, (8, 6)),
-    "L40S": Gpu(47.7e9, 181e12, 0.55, (8, 9)),
-    "A100 40GB": Gpu(42.3e9, 312e12, 0.55, (8, 0)),
-    "A100 80GB": Gpu(85.1e9, 312e12, 0.55, (8, 0)),
-    "H100 80GB": Gpu(85.0e9, 989e12, 0.51, (9, 0)),
-    "H200": Gpu(150.1e9, 989e12, 0.51, (9, 0)),
+    "RTX 3060": Gpu(12.6e9, 25e12, 0.36e12, (8, 6)),
+    "RTX 3090": Gpu(25.3e9, 71e12, 0.936e12, (8, 6)),
+    "RTX 4090": Gpu(25.3e9, 165e12, 1.008e12, (8, 9)),
+    "L4": Gpu(23.7e9, 60e12, 0.3e12, (8, 9)),
+    "A10": Gpu(23.7e9, 62e12, 0.6e12, (8, 6)),
+    "L40S": Gpu(47.7e9, 181e12, 0.864e12, (8, 9)),
+    "A100 40GB": Gpu(42.3e9, 312e12, 1.555e12, (8, 0)),
+    "A100 80GB": Gpu(85.1e9, 312e12, 2.039e12, (8, 0)),
+    "H100 80GB": Gpu(85.0e9, 989e12, 3.35e12, (9, 0)),
+    "H200": Gpu(150.1e9, 989e12, 4.8e12, (9, 0)),
 }
 SHOWN = ("RTX 3060", "RTX 4090", "A100 80GB", "H100 80GB")
 
