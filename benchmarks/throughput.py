@@ -229,7 +229,7 @@ def measure_all(report: Report) -> None:
                     if not re.search(args.only, variant(peer, settings)):
                         continue
                     run = specification(method, peer, settings, args, report.folder)
-                    installed = peer != "unsloth" or importlib.util.find_spec("unsloth")
+                    installed = importlib.util.find_spec(peer)
                     result = in_own_process([run], args.seconds)[0] if installed else {"failed": "not installed"}
                     if report.add(run, result).get("failed") != OUT_OF_MEMORY:
                         break

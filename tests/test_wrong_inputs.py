@@ -196,13 +196,15 @@ NO_GPU = {
     "float16": ("fp16=true", ["fp16", "CUDA", "torch_dtype to float32"]),
     "fp8": ("base_precision=fp8", ["base_precision", "CUDA", "set it to null"]),
     "8-bit optimizer": ("optim=adamw_8bit", ["optim", "CUDA", "set it to adamw"]),
+    "compiled": ("torch_compile=true", ["torch_compile", "needs a GPU", "set it to auto or false"]),
 }
 
 
 @pytest.mark.parametrize(("override", "parts"), NO_GPU.values(), ids=NO_GPU)
 def test_machine_without_gpu(folder, monkeypatch, capsys, override, parts):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    check(*command(["train", "sft.yaml", override], monkeypatch, capsys), 2, parts, folder)
+    unread = "model_name=nowhere"  # it is refused before anything is loaded
+    check(*command(["train", "sft.yaml", override, unread], monkeypatch, capsys), 2, parts, folder)
 
 
 # ---------------------------------------------------------------- data

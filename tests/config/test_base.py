@@ -149,6 +149,14 @@ def test_message_holds_the_refused_value():
         SFTConfig(lora_dropout=1.5)
 
 
+def test_a_value_that_no_type_of_its_field_takes_is_one_problem():
+    with pytest.raises(ConfigurationError) as error:
+        SFTConfig(gradient_checkpointing="maybe", unknown=1)
+    refused, unknown = str(error.value).splitlines()
+    assert refused == "gradient_checkpointing: input should be a valid boolean or 'auto', got 'maybe'"
+    assert unknown.startswith("unknown: unknown key")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

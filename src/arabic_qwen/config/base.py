@@ -341,17 +341,21 @@ class BaseConfig(BaseModel):
 
     @classmethod
     def _translate(cls, error: pydantic.ValidationError) -> ConfigurationError:
-        """All problems of a pydantic error, one a line."""
-        problems = []
+        """All problems of a pydantic error, one a line; one of a value that each of a field's types refuses."""
+        problems: dict[tuple[str, str], list[str]] = {}
         for item in error.errors():
             key = str(item["loc"][0]) if item["loc"] else ""
+            message = item["msg"].removeprefix("Value error, ").partition(", unable to")[0]
+            message = message[0].lower() + message[1:]
             if item["type"] in ("extra_forbidden", "no_such_attribute"):
-                problems.append(str(cls._unknown_key(key)))
+                problems[str(cls._unknown_key(key)), ""] = []
+            elif not key:
+                problems[message, ""] = []
             else:
-                message = item["msg"].removeprefix("Value error, ")
-                message = message[0].lower() + message[1:]
-                problems.append(f"{key}: {message}, got {item['input']!r}" if key else message)
-        return ConfigurationError("\n".join(dict.fromkeys(problems)))
+                refusals = problems.setdefault((f"{key}: ", f", got {item['input']!r}"), [])
+                refusals.append(message.removeprefix("input should be " if refusals else ""))
+        lines = [start + " or ".join(dict.fromkeys(refusals)) + end for (start, end), refusals in problems.items()]
+        return ConfigurationError("\n".join(lines))
 
     @property
     def length_key(self) -> str:

@@ -11,16 +11,9 @@ from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.attention import flash_runs_on
 from arabic_qwen.models.compilation import check_compilable
-from arabic_qwen.models.precision import (
-    check_fp8,
-    check_fp8_on,
-    compute_dtype,
-    device_has_bf16,
-    dtype_on,
-    quantization,
-)
+from arabic_qwen.models.precision import check_fp8_on, device_has_bf16, dtype_on
 from arabic_qwen.plan.gpus import Gpu
-from arabic_qwen.training.arguments import check_packages
+from arabic_qwen.training.arguments import check_machine
 
 
 def message(check: Callable[..., object], *args: Any) -> str:
@@ -34,11 +27,7 @@ def message(check: Callable[..., object], *args: Any) -> str:
 
 def check_here(config: BaseConfig, gpu: Gpu) -> None:
     """What training would say to this machine, before it has loaded anything."""
-    compute_dtype(config)
-    quantization(config)
-    check_fp8(config)
-    check_packages(config)
-    check_compilable(config, flash_there(config, gpu))
+    check_machine(config)
 
 
 def check_on(config: BaseConfig, gpu: Gpu) -> None:

@@ -19,7 +19,9 @@ from arabic_qwen.config import BaseConfig
 from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.data.sources import data_seed
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.models.precision import check_bitsandbytes, compute_dtype
+from arabic_qwen.models.attention import flash_runs
+from arabic_qwen.models.compilation import check_compilable
+from arabic_qwen.models.precision import check_bitsandbytes, check_fp8, compute_dtype, device, quantization
 from arabic_qwen.redaction import redact
 
 # transformers is renaming its argument.
@@ -153,6 +155,15 @@ def planned_tokens(config: BaseConfig, dataset: Mapping[str, Any]) -> float:
 def _recomputes(config: BaseConfig) -> bool:
     """Whether all layers recompute; where that is chosen, before it is."""
     return torch.cuda.is_available() if config.gradient_checkpointing == "auto" else config.gradient_checkpointing
+
+
+def check_machine(config: BaseConfig) -> None:
+    """Raise ConfigurationError for what this machine lacks, before anything is loaded."""
+    dtype = compute_dtype(config)
+    quantization(config)
+    check_fp8(config)
+    check_packages(config)
+    check_compilable(config, config.use_flash_attention and flash_runs(device(), dtype))
 
 
 def check_packages(config: BaseConfig) -> None:

@@ -24,8 +24,7 @@ from arabic_qwen.errors import ConfigurationError, DatasetError, TrainingError
 from arabic_qwen.files import staged
 from arabic_qwen.models import adapters, compilation, loading, precision, sources
 from arabic_qwen.models.reference import precompute, reference_policy
-from arabic_qwen.training import checkpoints
-from arabic_qwen.training.arguments import Schedule, planned_tokens, resolve_schedule, training_arguments
+from arabic_qwen.training import arguments, checkpoints
 from arabic_qwen.training.callbacks import run_callbacks
 from arabic_qwen.training.dialects import tag_dialects
 from arabic_qwen.training.engine import PackedTrainer
@@ -201,9 +200,10 @@ class BaseTrainer(GenerationMixin):
 
         Raises:
             ModelLoadError: they cannot be loaded.
-            ConfigurationError: this machine lacks the precision or quantisation asked for.
+            ConfigurationError: this machine lacks what is asked for.
         """
         if self.model is None:
+            arguments.check_machine(self._validated())
             self._setup_tokenizer()
             self._load(trainable=True)
 
@@ -305,12 +305,12 @@ class BaseTrainer(GenerationMixin):
         config, schedule = self._validated(), self._schedule()
         if schedule.changes:
             self.logger.warning("Resolved: %s", "; ".join(schedule.changes))
-        return training_arguments(config, schedule)
+        return arguments.training_arguments(config, schedule)
 
-    def _schedule(self) -> Schedule:
+    def _schedule(self) -> arguments.Schedule:
         config = self._validated()
         planned = bool(config.eval_dataset_path or (config.validation_split and not config.streaming))
-        return resolve_schedule(config, "validation" in self.dataset if self.dataset else planned)
+        return arguments.resolve_schedule(config, "validation" in self.dataset if self.dataset else planned)
 
     def get_callbacks(self) -> list[TrainerCallback]:
         """Progress, metrics file and loss curve, early stopping where it can work, then `config.callbacks`."""
@@ -334,7 +334,7 @@ class BaseTrainer(GenerationMixin):
             raise ConfigurationError(
                 f"metric_for_best_model: {config.metric_for_best_model!r} is not measured; choose from {', '.join(known)}"
             )
-        if compilation.should_compile(config, self.model, planned_tokens(config, dataset)):
+        if compilation.should_compile(config, self.model, arguments.planned_tokens(config, dataset)):
             compilation.compile_packed(self.model)
         reference = None
         if objective.needs_reference:
