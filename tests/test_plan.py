@@ -115,10 +115,26 @@ def _pass_of_reference(seven):
     tokens, targets, seen = 250 + 2 * 305, 2 * 305, 250**2 / 2 + 2 * 305 * (250 + 305 / 2)
     adapters = 40_370_176
     products = 2 * (weights + adapters) * tokens + 2 * head * targets
-    kept = 28 * tokens * estimate.plan(pairs(seven), ["H100"]).shape.kept
+    kept = 28 * tokens * estimate.plan(pairs(seven), ["H100"]).shape.kept_plain
     gpu = gpus.GPUS["H100 80GB"]
     seconds = products / (0.81 * gpu.peak) + 4 * 28 * 3584 * seen / (0.35 * gpu.peak) + 3.9 * kept / gpu.bandwidth
     return 1e6 / tokens * seconds
+
+
+def test_training_all_weights(tmp_path):
+    """Of a 0.5B in steps that do not wait for the processor: the gradients of all weights, and of the head's twice."""
+    half = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
+    (tmp_path / "config.json").write_text(json.dumps(SEVEN | half | {"num_key_value_heads": 2}))
+    steps = {"packing": False, "max_seq_length": 2048, "per_device_train_batch_size": 128, "torch_compile": True}
+    whole = {"use_lora": False, "gradient_checkpointing": False, "torch_dtype": "bfloat16"}
+    found = estimate.plan(SFTConfig(model_name=str(tmp_path), **steps, **whole), ["H100"])
+    device, gpu, tokens = on(found)["H100 80GB"], gpus.GPUS["H100 80GB"], found.mix.tokens
+    weights = 24 * (2 * 896 * (896 + 128) + 3 * 896 * 4864)
+    products = 6 * weights * tokens + 8 * 152064 * 896 * found.mix.targets
+    attention = 3.5 * 4 * 24 * 896 * found.mix.pairs
+    traffic = 3 * 3.9 * 24 * found.shape.kept_plain * tokens
+    seconds = products / (0.81 * gpu.peak) + attention / (0.35 * gpu.peak) + traffic / gpu.bandwidth
+    assert not device.waits and device.tokens_per_s == pytest.approx(tokens / seconds, rel=1e-3)
 
 
 def test_small_steps_wait_for_the_processor(seven):
@@ -198,7 +214,7 @@ def test_a_run_that_goes_on_from_adapters(model_dir, tmp_path):
 
 
 def test_advice_does_not_change_adapters_that_are_there(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setitem(gpus.GPUS, "small", gpus.Gpu(0.505e9, 1e14, 0.5, (9, 0)))
+    monkeypatch.setitem(gpus.GPUS, "small", gpus.Gpu(0.505e9, 1e14, 1e12, (9, 0)))
     config = config_for("sft", model_dir, lora_r=32)
     add_lora(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(tmp_path / "adapter")
     here = estimate.plan(config_for("sft", tmp_path / "adapter", token_budget=2000), ["small"])
@@ -259,7 +275,7 @@ def test_lengths_that_are_advised_cut_something(seven, monkeypatch):
     monkeypatch.setattr(estimate, "mix_of", lambda config: mix)
     config = SFTConfig(model_name=str(seven), max_seq_length=16384, load_in_4bit=True, lora_r=8)
     for memory, advised in ((8.6e9, "max_seq_length=4096"), (8.0e9, "max_seq_length=2048")):
-        monkeypatch.setitem(gpus.GPUS, "small", gpus.Gpu(memory, 1e14, 0.5, (9, 0)))
+        monkeypatch.setitem(gpus.GPUS, "small", gpus.Gpu(memory, 1e14, 1e12, (9, 0)))
         small = on(estimate.plan(config, ["small"]))["small"]
         assert [(change.setting, change.fits) for change in small.changes] == [(advised, True)]
 
@@ -280,6 +296,7 @@ def test_assumed_lengths(model_dir):
         ("NVIDIA H100 80GB HBM3", "H100 80GB"),
         ("NVIDIA H200", "H200"),
         ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
         ("NVIDIA L4", "L4"),
         ("NVIDIA L40S", "L40S"),
@@ -294,8 +311,7 @@ def test_assumed_lengths(model_dir):
     ],
 )
 def test_gpus_by_the_name_that_drivers_give(name, known):
-    found = gpus.gpu_named(name)
-    assert found and found.peak == gpus.GPUS[known].peak if known else found is None
+    assert gpus.gpu_named(name) == (gpus.GPUS[known] if known else None)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +396,7 @@ def test_nothing_helps(seven, model_dir, monkeypatch):
     """Data of short examples: cutting it, or what else there is, saves next to nothing."""
     for file in model_dir.glob("tokenizer*"):
         shutil.copy(file, seven)
-    monkeypatch.setitem(gpus.GPUS, "small", gpus.Gpu(6e9, 1e14, 0.5, (9, 0)))
+    monkeypatch.setitem(gpus.GPUS, "small", gpus.Gpu(6e9, 1e14, 1e12, (9, 0)))
     values = {"dataset_path": "sample:dpo", "instruction_template": "chatml"}
     plan = estimate.plan(pairs(seven, load_in_4bit=True, lora_r=8, lora_target_modules=["q_proj"], **values), ["small"])
     assert not on(plan)["small"].changes
@@ -487,7 +503,7 @@ def test_this_processor_refuses_as_training_does(model_dir, monkeypatch, capsys,
     ],
 )
 def test_what_is_advised_is_a_configuration(seven, monkeypatch, values, advised):
-    monkeypatch.setitem(gpus.GPUS, "small", gpus.Gpu(16e9, 1e14, 0.5, (9, 0)))
+    monkeypatch.setitem(gpus.GPUS, "small", gpus.Gpu(16e9, 1e14, 1e12, (9, 0)))
     config = pairs(seven, **values)
     found = on(estimate.plan(config, ["small"]))["small"]
     assert [change.setting for change in found.changes][: len(advised)] == advised

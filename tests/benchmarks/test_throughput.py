@@ -59,6 +59,21 @@ def test_ours_and_trl_make_the_same_update(method, tmp_path):
         assert theirs["update_difference"] < 1e-2 and theirs["loss_difference"] < 1e-3
 
 
+def test_a_peer_that_is_not_installed_is_said_to_be_so(monkeypatch, tmp_path):
+    import throughput
+
+    file = tmp_path / "report.json"
+    monkeypatch.setattr(throughput.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(
+        sys, "argv", ["throughput.py", "--method", "dpo", "--peers", "trl,unsloth", "--json", str(file)]
+    )
+    throughput.main()
+    assert {run["peer"]: run["failed"] for run in json.loads(file.read_text())["runs"]} == {
+        "trl": "not installed",
+        "unsloth": "not installed",
+    }
+
+
 def test_padding_free_that_trl_ignores_is_no_variant(monkeypatch, tmp_path):
     import throughput
 

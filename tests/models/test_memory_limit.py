@@ -61,19 +61,26 @@ def test_other_errors_are_not_taken():
 
 
 @pytest.mark.parametrize(
-    ("variables", "system", "release", "grows"),
+    ("variables", "system", "release", "settings"),
     [
-        ({}, "Linux", "6.8.0", True),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "Linux", "6.8.0", False),
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "Linux", "6.8.0", False),
-        ({}, "Linux", "5.15.167.4-microsoft-standard-WSL2", False),
-        ({}, "Windows", "11", False),
+        ({}, "Linux", "6.8.0", ["True"]),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "Linux", "6.8.0", []),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "Linux", "6.8.0", []),
+        ({}, "Linux", "5.15.167.4-microsoft-standard-WSL2", []),
+        ({}, "Windows", "11", []),
+        ({}, "Linux", "virtual", ["True", "False"]),
     ],
 )
-def test_segments_grow_where_they_can_and_nothing_else_is_chosen(variables, system, release, grows, monkeypatch):
+def test_segments_grow_where_they_can_and_nothing_else_is_chosen(variables, system, release, settings, monkeypatch):
     told = []
+
+    def take(*args, **kwargs):
+        if release == "virtual":
+            raise RuntimeError("CUDA driver error: operation not supported")
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch, "empty", take)
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
     monkeypatch.setattr(platform, "system", lambda: system)
     monkeypatch.setattr(platform, "release", lambda: release)
@@ -82,4 +89,4 @@ def test_segments_grow_where_they_can_and_nothing_else_is_chosen(variables, syst
     for name, value in variables.items():
         monkeypatch.setitem(os.environ, name, value)
     let_segments_grow()
-    assert told == ["expandable_segments:True"] * grows
+    assert told == [f"expandable_segments:{setting}" for setting in settings]

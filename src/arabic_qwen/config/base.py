@@ -341,7 +341,7 @@ class BaseConfig(BaseModel):
 
     @classmethod
     def _translate(cls, error: pydantic.ValidationError) -> ConfigurationError:
-        """All problems of a pydantic error, one a line; one of a value that each of a field's types refuses."""
+        """All problems of a pydantic error, one a line; one of a value that is refused by several types of a field."""
         problems: dict[tuple[str, str], list[str]] = {}
         for item in error.errors():
             key = str(item["loc"][0]) if item["loc"] else ""

@@ -57,6 +57,7 @@ class ModelShape(NamedTuple):
     adapters: int  # parameters; 0 without LoRA
     moments: float  # bytes of the optimizer's, for what is trained
     kept: float  # bytes a token that a layer keeps for its backward pass, not compiled
+    kept_plain: float  # the same without dropout
 
     @property
     def parameters(self) -> int:
@@ -104,7 +105,7 @@ def model_shape(model_config: PreTrainedConfig, config: BaseConfig, dtype: torch
         of_layer = moment_bytes(layer, eight_bit)
     layers, heads = model_config.num_hidden_layers, model_config.num_attention_heads
     size = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
-    less, more = (_kept(model.train(), one, dtype, size, tokens) for tokens in (128, 256))
+    kept, kept_plain = (_kept_a_token(model.train(dropout), one, dtype, size) for dropout in (True, False))
     # A processor keeps dropout's masks in the precision of computation, a GPU as bytes.
     adapted: list[Any] = [m for m in layer.modules() if isinstance(m, LoraLayer)]
     dropped = sum(m.in_features for m in adapted) if config.lora_dropout else 0
@@ -119,8 +120,14 @@ def model_shape(model_config: PreTrainedConfig, config: BaseConfig, dtype: torch
         others=layers * (a_layer - linear) + outside,
         adapters=layers * adapters,
         moments=moment_bytes(model, eight_bit) + (layers - 1) * of_layer,
-        kept=(more - less) / 128 - dropped * (dtype.itemsize - 1),
+        kept=kept - dropped * (dtype.itemsize - 1),
+        kept_plain=kept_plain,
     )
+
+
+def _kept_a_token(model: Any, model_config: Any, dtype: torch.dtype, head_size: int) -> float:
+    less, more = (_kept(model, model_config, dtype, head_size, tokens) for tokens in (128, 256))
+    return (more - less) / 128
 
 
 def _kept(model: Any, model_config: Any, dtype: torch.dtype, head_size: int, tokens: int) -> int:

@@ -38,9 +38,9 @@ GPUS = {
     "RTX 3060": Gpu(12.6e9, 25e12, 0.36e12, (8, 6)),
     "RTX 3090": Gpu(25.3e9, 71e12, 0.936e12, (8, 6)),
     "RTX 4090": Gpu(25.3e9, 165e12, 1.008e12, (8, 9)),
-    "L4": Gpu(23.7e9, 60e12, 0.3e12, (8, 9)),
-    "A10": Gpu(23.7e9, 62e12, 0.6e12, (8, 6)),
-    "L40S": Gpu(47.7e9, 181e12, 0.864e12, (8, 9)),
+    "L4": Gpu(23.7e9, 121e12, 0.3e12, (8, 9)),
+    "A10": Gpu(23.7e9, 125e12, 0.6e12, (8, 6)),
+    "L40S": Gpu(47.7e9, 362e12, 0.864e12, (8, 9)),
     "A100 40GB": Gpu(42.3e9, 312e12, 1.555e12, (8, 0)),
     "A100 80GB": Gpu(85.1e9, 312e12, 2.039e12, (8, 0)),
     "H100 80GB": Gpu(85.0e9, 989e12, 3.35e12, (9, 0)),
@@ -72,8 +72,8 @@ def known(name: str) -> tuple[str, Gpu]:
 
 def gpu_named(name: str) -> Gpu | None:
     """The GPU that a driver calls so, as "NVIDIA H100 80GB HBM3"; None: it is not in the table."""
-    words = _without_size(name)
-    return next((gpu for key, gpu in reversed(GPUS.items()) if _without_size(key) == words), None)
+    found = [key for words in (_words, _without_size) for key in GPUS if words(key) == words(name)]
+    return GPUS[found[0]] if found else None
 
 
 def _words(name: str) -> set[str]:

@@ -175,6 +175,7 @@ class BaseTrainer(GenerationMixin):
         Raises:
             ConfigurationError, ModelLoadError, DatasetError: see the steps.
         """
+        arguments.check_machine(self._validated())
         if not self._model_is_trainable:  # load_model() brought it in for generation
             self.model = None
         self.setup_model_and_tokenizer()
@@ -200,10 +201,9 @@ class BaseTrainer(GenerationMixin):
 
         Raises:
             ModelLoadError: they cannot be loaded.
-            ConfigurationError: this machine lacks what is asked for.
+            ConfigurationError: this machine lacks the precision or quantisation asked for.
         """
         if self.model is None:
-            arguments.check_machine(self._validated())
             self._setup_tokenizer()
             self._load(trainable=True)
 
