@@ -167,13 +167,15 @@ def plan(
 ) -> None:
     """Estimate memory, speed and time of a run, here and on GPUs by name, and what to change where it does not fit."""
     _set_up_output()
+    from arabic_qwen.config import load_config
+
+    settings = load_config(config, overrides)  # what is misspelt is said before PyTorch is loaded
     from rich.console import Console
 
-    from arabic_qwen.config import load_config
     from arabic_qwen.plan import tables
     from arabic_qwen.plan.estimate import plan as estimate
 
-    found = estimate(load_config(config, overrides), gpu or [])
+    found = estimate(settings, gpu or [])
     if as_json:
         print(json.dumps(tables.as_json(found), ensure_ascii=False, indent=2))
         return

@@ -34,7 +34,7 @@ _ATTENTION = {True: 0.35, False: 0.6}  # that attention reaches on Hopper and ne
 # two passes. What dropout adds is less than measurements differ by.
 _TRAFFIC = 3.9
 _NOT_COMPILED = 2.2  # times as many bytes; measured with a 7B in SFT and DPO
-_FP8 = 1.24  # times as fast; measured on an H100, in DPO and in SFT
+_FP8_PRODUCTS, _FP8_TRAFFIC = 0.52, 1.25  # times as long; of a 7B in SFT and DPO this was measured on an H100
 _SMALLEST = 1e8  # parameters: the time of smaller models is not known
 _NF4 = 0.78  # weights are expanded in each product; measured with a 7B in DPO
 #: Seconds a layer and micro-batch, measured with a 0.5B on an H100: compiled, of adapters; not compiled, of all weights.
@@ -317,12 +317,14 @@ class _Run:
         Of matrix products, of attention, and of what is read and written between them.
         """
         mix, shape, config = self.mix, self.shape_on(gpu), self.config
-        rate = (_FP8 if config.base_precision == "fp8" else 1) * (_NF4 if config.load_in_4bit else 1)
+        times_products, times_traffic = (_FP8_PRODUCTS, _FP8_TRAFFIC) if config.base_precision == "fp8" else (1.0, 1.0)
+        product_rate = _PRODUCTS * gpu.peak / times_products
         attention_rate = _ATTENTION[gpu.capability >= (9, 0)] * gpu.peak
-        traffic_rate = gpu.bandwidth / _TRAFFIC / (1 if self.compiled(gpu) else _NOT_COMPILED)
+        traffic_rate = gpu.bandwidth / _TRAFFIC / times_traffic / (1 if self.compiled(gpu) else _NOT_COMPILED)
+        rate = _NF4 if config.load_in_4bit else 1.0
 
         def seconds(products: float, attention: float, kept: float) -> float:
-            return (products / (_PRODUCTS * gpu.peak) + attention / attention_rate + kept / traffic_rate) / rate
+            return (products / product_rate + attention / attention_rate + kept / traffic_rate) / rate
 
         layers, attention, head = _forward(shape, mix)
         trained = 0 if config.use_lora else 1

@@ -85,9 +85,9 @@ def _without_size(name: str) -> set[str]:
 
 
 def this_device() -> tuple[str, Gpu]:
-    """This machine's name and what it has, of a GPU's memory what is free; one that is not in the table has no known speed."""
+    """This machine's name and what it has, of memory what is free; one that is not in the table has no known speed."""
     if not torch.cuda.is_available():
-        return "this processor", Gpu(psutil.virtual_memory().total, 0.0, 0.0, (0, 0))
+        return "this processor", Gpu(psutil.virtual_memory().available, 0.0, 0.0, (0, 0))
     name, free = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0]  # less what CUDA has taken by now
     gpu = gpu_named(name) or Gpu(0.0, 0.0, 0.0, (0, 0))
     capability = torch.cuda.get_device_capability()

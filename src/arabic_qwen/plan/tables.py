@@ -56,13 +56,13 @@ def tables(plan: Plan) -> Iterator[RenderableType]:
     for device in plan.devices:
         if device.faster and device.seconds:
             less = [f"{change.setting} (−{1 - change.seconds / device.seconds:.0%})" for change in device.faster]
-            yield f"less time on {device.name}: {', '.join(less)}, each by itself"
+            yield f"less time on {device.name}: {', '.join(less)}{', each by itself' * (len(less) > 1)}"
 
 
 def _devices(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("", no_wrap=True)
-    time = "time" if plan.mix.steps else "a million"
+    time = "time" if plan.mix.steps else "1M tokens"
     for column in ("peak GB", "usable", "fits", "token_budget", "recomputed", "tokens/s", time):
         table.add_column(column, justify="right", no_wrap=True)
     for device in plan.devices:
