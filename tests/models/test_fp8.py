@@ -14,7 +14,6 @@ from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models import fp8, loading, precision
 from arabic_qwen.models.adapters import add_lora
 from arabic_qwen.models.fp8 import FP8Linear, convert_to_fp8, quantize_rows, second_copies
-from arabic_qwen.training import arguments
 from arabic_qwen.training.base_trainer import BaseTrainer
 
 
@@ -162,7 +161,7 @@ def here(monkeypatch):
     """Train with fp8 on this machine although it has no GPU for it."""
     if not precision._processor_has_bf16():
         pytest.skip("this processor has no bfloat16")
-    for module in (precision, loading, arguments):
+    for module in (precision, loading):
         monkeypatch.setattr(module, "check_fp8", lambda config: None)
 
 

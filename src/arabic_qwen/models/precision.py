@@ -149,6 +149,13 @@ def check_fp8_on(capability: tuple[int, int], dtype: torch.dtype) -> None:
         )
 
 
+def check_precision(config: BaseConfig) -> None:
+    """Raise ConfigurationError for a precision or quantisation that this machine does not offer."""
+    compute_dtype(config)
+    quantization(config)
+    check_fp8(config)
+
+
 def restorable(saved: BaseConfig, quantized: bool) -> tuple[dict[str, Any], str]:
     """The precision and quantisation of an earlier run, as far as this machine offers them.
 
@@ -165,9 +172,7 @@ def restorable(saved: BaseConfig, quantized: bool) -> tuple[dict[str, Any], str]
     for attempt in (values, values | plain):
         config = saved.model_copy(update=attempt)
         try:
-            compute_dtype(config)
-            quantization(config)
-            check_fp8(config)
+            check_precision(config)
             return attempt, problem
         except ConfigurationError as error:
             problem = problem or str(error)

@@ -21,7 +21,7 @@ from arabic_qwen.data.sources import data_seed
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.attention import flash_runs
 from arabic_qwen.models.compilation import check_compilable
-from arabic_qwen.models.precision import check_bitsandbytes, check_fp8, compute_dtype, device, quantization
+from arabic_qwen.models.precision import check_bitsandbytes, check_precision, compute_dtype, device
 from arabic_qwen.redaction import redact
 
 # transformers is renaming its argument.
@@ -159,11 +159,9 @@ def _recomputes(config: BaseConfig) -> bool:
 
 def check_machine(config: BaseConfig) -> None:
     """Raise ConfigurationError for what this machine lacks, before anything is loaded."""
-    dtype = compute_dtype(config)
-    quantization(config)
-    check_fp8(config)
+    check_precision(config)
     check_packages(config)
-    check_compilable(config, config.use_flash_attention and flash_runs(device(), dtype))
+    check_compilable(config, config.use_flash_attention and flash_runs(device(), compute_dtype(config)))
 
 
 def check_packages(config: BaseConfig) -> None:
