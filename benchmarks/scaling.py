@@ -126,7 +126,8 @@ def plot(results: list[dict[str, Any]], path: str) -> None:
             shared.set_ylim(0, 1.1 * max((result[key] for result in shown), default=1))
         axes.grid(alpha=0.3)
         axes.tick_params("x", labelsize="small")
-        axes.legend(loc="lower left")
+        if shown:
+            axes.legend(loc="lower left")
     figure.savefig(path, dpi=120)
 
 

@@ -193,7 +193,7 @@ def test_tables_of_the_page_are_written_from_results(monkeypatch, tmp_path):
     assert "old" not in new and new.endswith("<!-- end -->\nafter\n") and tables.filled(new) == new
 
 
-RESULTS = ["7b-sft", "7b-sft-peers", "7b-dpo", "7b-methods", "7b-growing-segments", "0.5b", "0.5b-8192"]
+RESULTS = ["7b-sft", "7b-sft-peers", "7b-dpo", "7b-methods", "7b-growing-segments", "7b-third-gpu", "0.5b", "0.5b-8192"]
 
 
 def planned_on_h100(monkeypatch, config, groups, steps, **update):
@@ -223,12 +223,13 @@ def test_plan_says_what_was_measured(monkeypatch, tmp_path, file):
         assert device.parts.total == pytest.approx(1e9 * run["peak_gb"], rel=0.1)
 
 
-def test_plan_says_what_lengths_and_ratios_change(monkeypatch, tmp_path):
+@pytest.mark.parametrize("file", ["h100-7b-scaling.json", "h100-7b-negatives.json"])
+def test_plan_says_what_lengths_ratios_and_negatives_change(monkeypatch, tmp_path, file):
     import scaling
     import workload
 
     workload.shape_config("7b").save_pretrained(tmp_path)
-    report = json.loads((Path(workload.__file__).parent / "results" / "h100-7b-scaling.json").read_text())
+    report = json.loads((Path(workload.__file__).parent / "results" / file).read_text())
     args = argparse.Namespace(**report["settings"] | {"model": str(tmp_path)})
     for measured in report["points"]:
         point = scaling.Point(*[measured[name] for name in scaling.Point._fields])
