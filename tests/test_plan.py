@@ -295,6 +295,15 @@ def test_lengths_that_are_advised_cut_something(seven, monkeypatch):
         assert [(change.setting, change.fits) for change in small.changes] == [(advised, True)]
 
 
+def test_micro_batches_may_be_unfilled():
+    mix = Mix(2731, 2731, 1366, 1e6, gathered=0, longest=2731, completions=1, step=21848, epochs=1, examples_a_step=8)
+    assert mix.largest_micro_batch(8192) == 8192  # of lengths that are not known
+    equal = mix._replace(lengths=(2731,) * 20)
+    found = [equal.largest_micro_batch(budget) for budget in (1000, 8192, 8193, 10**6)]
+    assert found == [2731, 2 * 2731, 3 * 2731, 8 * 2731]
+    assert mix._replace(lengths=(9000, *[100] * 7, *[1000] * 8)).largest_micro_batch(8192) == 9000
+
+
 def test_assumed_lengths(model_dir):
     """Each completion of a shared prompt sees the prompt's keys again; a mix that is assumed says how many there are."""
     mix = estimate.plan(config_for("cpo", model_dir, dataset_path="none.jsonl")).mix

@@ -239,6 +239,8 @@ def test_plan_says_what_lengths_ratios_and_negatives_change(monkeypatch, tmp_pat
         )
         device, tokens = planned_on_h100(monkeypatch, config, scaling.groups_of(point, rows, 152_064), 1)
         assert device.tokens_per_s == pytest.approx(tokens / measured["seconds"] * args.steps, rel=0.05)
+        close = 0.13 if point.label == "32,768" else 0.07  # there a layer more or less that recomputes is 8 %
+        assert device.parts.total == pytest.approx(1e9 * measured["peak_gb"], rel=close)
 
 
 @pytest.mark.parametrize(

@@ -211,16 +211,20 @@ def with_mismatched(group: Group, own: bool) -> Group:
 
 
 def micro_batches(groups: Sequence[Group], token_budget: int) -> list[list[Group]]:
-    """Cut groups into few batches of at most `token_budget` tokens, `mismatched` too; a longer group stands alone.
+    """Cut groups into few batches of at most `token_budget` tokens, `mismatched` too; a longer group stands alone."""
+    bins = budget_bins([group.num_budgeted for group in groups], token_budget)
+    return [[groups[i] for i in sorted(members)] for members in bins]
+
+
+def budget_bins(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Indices of the groups of each micro-batch, by the tokens of a group that count against the budget.
 
     Where that keeps the budget they are about equally large, for a small last one would leave a GPU idle.
     """
-    lengths = [group.num_budgeted for group in groups]
     bins = best_fit_decreasing(lengths, token_budget)
     even = _longest_to_emptiest(lengths, len(bins))
-    if all(len(members) == 1 or sum(lengths[i] for i in members) <= token_budget for members in even):
-        bins = even
-    return [[groups[i] for i in sorted(members)] for members in bins]
+    kept = all(len(members) == 1 or sum(lengths[i] for i in members) <= token_budget for members in even)
+    return even if kept else bins
 
 
 def _longest_to_emptiest(lengths: Sequence[int], count: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import tempfile
@@ -13,7 +14,7 @@ import numpy as np
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.config.data import data_sources
-from arabic_qwen.data.packing import Group
+from arabic_qwen.data.packing import Group, budget_bins
 from arabic_qwen.data.sources import read_rows
 from arabic_qwen.errors import DatasetError, ModelLoadError, one_line
 from arabic_qwen.training.base_trainer import BaseTrainer
@@ -40,6 +41,19 @@ class Mix(NamedTuple):
     examples_a_step: float  # on average
     steps: int | None = None  # of the run; None: the data was not read
     note: str = ""
+    lengths: tuple[int, ...] = ()  # of some examples, in tokens that count against a token budget; none: not measured
+
+    def largest_micro_batch(self, token_budget: int) -> int:
+        """Tokens of the largest one under this budget, by the order of the file; a longer example stands alone."""
+        if not self.lengths:
+            return min(token_budget, self.step)
+        return _largest_micro_batch(self.lengths, max(round(self.examples_a_step), 1), token_budget)
+
+
+@functools.cache
+def _largest_micro_batch(lengths: tuple[int, ...], examples_a_step: int, token_budget: int) -> int:
+    steps = [lengths[start : start + examples_a_step] for start in range(0, len(lengths), examples_a_step)]
+    return max(sum(step[i] for i in members) for step in steps for members in budget_bins(step, token_budget))
 
 
 def mix_of(config: BaseConfig) -> Mix:
@@ -137,4 +151,5 @@ def examples_of(groups: Sequence[Group]) -> dict[str, Any]:
         "gathered": float(np.mean([len(g.prompt) * len(g.completions) * (len(g.completions) > 1) for g in groups])),
         "longest": max(group.num_tokens for group in groups),
         "completions": max(len(group.completions) for group in groups),
+        "lengths": tuple(group.num_budgeted for group in groups),
     }

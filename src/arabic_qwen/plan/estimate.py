@@ -220,8 +220,8 @@ class _Run:
         return flash_there(self.config, gpu) and pays(self.config, parameters, self.tokens or math.inf)
 
     def memory(self, gpu: Gpu, tokens: int, recomputed: int) -> Memory:
-        """With micro-batches of `tokens` that count against a budget."""
-        mix, tokens = self.mix, min(tokens, self.mix.step)
+        """With a budget of `tokens`."""
+        mix, tokens = self.mix, self.mix.largest_micro_batch(tokens)
         tokens = max(math.ceil(tokens * mix.tokens / mix.budgeted), min(tokens, mix.longest))  # in the stream
         return step_memory(
             self.shape_on(gpu),
@@ -375,7 +375,8 @@ class _Run:
         for update in remedies:
             config = config.model_copy(update=update)
             if config.length_key in update:
-                mix = mix._replace(longest=min(mix.longest, mix.completions * update[config.length_key]))
+                longest = min(mix.longest, mix.completions * update[config.length_key])
+                mix = mix._replace(longest=longest, lengths=tuple(min(length, longest) for length in mix.lengths))
         return _Run(config, mix, self.model_config, self.reference, self.shapes)
 
     @property
