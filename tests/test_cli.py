@@ -107,7 +107,7 @@ def test_schema_is_of_one_method_or_of_all(monkeypatch, capsys):
     assert in_process(monkeypatch, capsys, "schema", "ppo")[0] == 2
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("method", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_a_run_that_goes_on(yaml_file, dpo_yaml, tmp_path, monkeypatch, capsys, method):
     command = ["train", f"{method}.yaml", "max_steps=100", "logging_steps=1", "output_dir=run"]
     run = [sys.executable, "-m", "arabic_qwen", *command]

@@ -438,8 +438,13 @@ def test_scores_join_as_if_they_had_been_one(trainer):
 
 @pytest.mark.parametrize(
     ("case", "own"),
-    [("dpo", {}), ("dpo-aot", {}), ("kto", {}), ("cpo", {}), ("dpo", {"precompute_reference": True})],
-    ids=["dpo", "dpo-aot", "kto", "cpo", "precomputed"],
+    [
+        pytest.param("dpo", {}, id="dpo"),
+        pytest.param("dpo-aot", {}, id="dpo-aot", marks=pytest.mark.slow),
+        pytest.param("kto", {}, id="kto"),
+        pytest.param("cpo", {}, id="cpo", marks=pytest.mark.slow),
+        pytest.param("dpo", {"precompute_reference": True}, id="precomputed"),
+    ],
 )
 def test_two_processes_equal_one(case, own, model_dir, data, tmp_path):
     """Batch 2 on one process equals batch 1 on two; in the last step the second process has no row."""

@@ -91,16 +91,25 @@ def learned(folder):
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 @pytest.mark.parametrize("name", sorted(CODES))
-def test_every_moment(config, tmp_path, uninterrupted, name, strategy):
+def test_last_moments(config, tmp_path, uninterrupted, name, strategy):
+    every_moment(config, tmp_path, uninterrupted, name, strategy, last=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_every_moment(config, tmp_path, uninterrupted, strategy):
+    every_moment(config, tmp_path, uninterrupted, "SIGTERM", strategy)
+
+
+def every_moment(config, tmp_path, uninterrupted, name, strategy, last=None):
+    """Stop a run in `last` of the moments, or in all; what goes on from there ends as if it had never stopped."""
     config = config.model_copy(update=STRATEGIES[strategy])
     by_epoch = strategy == "epoch"
     evaluated = [3, 6] if by_epoch else [1, 2, 5, 6]
     steps = (1, 3, 6) if by_epoch else (1, 2, 3, 6)
     moments = [("step", step) for step in steps] + [("evaluation", step) for step in evaluated]
     moments += [("saved", 3 if by_epoch else 2)]
-    if name != "SIGTERM":
-        moments = moments[-2:]
-    for moment, step in moments:
+    for moment, step in moments[-last:] if last else moments:
         folder = tmp_path / f"{moment}-{step}" / "run"
         stopped = config.model_copy(update={"output_dir": str(folder)})
         send = Send(name, moment, step)
