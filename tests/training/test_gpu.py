@@ -219,22 +219,25 @@ def test_preferences(model_dir, tmp_path, config_class, load_in_4bit):
 
 
 class NoWaiting(TrainerCallback):
-    """Any wait for the device is an error, from the second step's begin to the fourth one's end."""
+    """Any wait for the device is an error, from the fourth step's begin to the sixth one's end; before, layers compile."""
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
+        if state.global_step == 3:
             torch.cuda.set_sync_debug_mode("error")
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 4:
+        if state.global_step == 6:
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_no_step_waits_for_the_device(config, model_dir, tmp_path, method):
-    if method == "dpo":
-        config = pairs_config(DPOConfig, model_dir, tmp_path)
-    config.max_steps, config.logging_steps, config.callbacks = 6, 100, [NoWaiting()]
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("config_class", [SFTConfig, DPOConfig, KTOConfig, CPOConfig])
+def test_no_step_waits_for_the_device(config, model_dir, tmp_path, config_class, compiled):
+    if config_class is not SFTConfig:
+        values = {"unpair_preferences": True} if config_class is KTOConfig else {}
+        config = pairs_config(config_class, model_dir, tmp_path, **values)
+    config.max_steps, config.logging_steps, config.callbacks = 8, 100, [NoWaiting()]
+    config.torch_compile = compiled
     try:
         BaseTrainer(config).train()
     finally:
