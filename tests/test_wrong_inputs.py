@@ -181,6 +181,11 @@ VALUES = {
         ["diacritics: no row has output; the columns that training reads of them are instruction, response"],
     ),
     "negative samples": ("sft eval_samples=-1", 2, ["eval_samples: ", "greater than or equal to 0"]),
+    "no such classifier, before the model is loaded": (
+        "sft dialect_model=none.safetensors model_name=nowhere",
+        2,
+        ["dialect_model: none.safetensors: cannot be read", "fit-dialects"],
+    ),
     "everything held out": ("sft validation_split=0.99", 2, ["validation_split", "leaves none to train on"]),
 }
 

@@ -23,6 +23,7 @@ from arabic_qwen.models.attention import flash_runs
 from arabic_qwen.models.compilation import check_compilable
 from arabic_qwen.models.precision import check_bitsandbytes, check_precision, compute_dtype, device
 from arabic_qwen.redaction import redact
+from arabic_qwen.text.dialects import load_classifier
 
 # transformers is renaming its argument.
 _CHECKPOINTING = next(
@@ -159,6 +160,11 @@ def _recomputes(config: BaseConfig) -> bool:
 
 def check_machine(config: BaseConfig) -> None:
     """Raise ConfigurationError for what this machine lacks, before anything is loaded."""
+    if config.dialect_model:
+        try:
+            load_classifier(config.dialect_model)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"dialect_model: {error}") from None
     check_precision(config)
     check_packages(config)
     check_compilable(config, config.use_flash_attention and flash_runs(device(), compute_dtype(config)))
