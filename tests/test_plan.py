@@ -8,7 +8,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from arabic_qwen.config import METHOD_CONFIGS, DPOConfig, SFTConfig
+from arabic_qwen.config import METHOD_CONFIGS, DPOConfig, KTOConfig, SFTConfig
 from arabic_qwen.errors import ConfigurationError, DatasetError, ModelLoadError
 from arabic_qwen.models.adapters import add_lora
 from arabic_qwen.plan import estimate, gpus, tables
@@ -293,6 +293,17 @@ def test_lengths_that_are_advised_cut_something(seven, monkeypatch):
         monkeypatch.setitem(gpus.GPUS, "small", gpus.Gpu(memory, 1e14, 1e12, (9, 0)))
         small = on(estimate.plan(config, ["small"]))["small"]
         assert [(change.setting, change.fits) for change in small.changes] == [(advised, True)]
+
+
+def test_a_length_that_cuts_nothing_changes_nothing(seven, monkeypatch):
+    """KTO's other completion counts against the budget, not as the example's length."""
+    lengths = {"longest": 2300, "lengths": (4100,) * 8}
+    mix = Mix(2300, 4100, 1800, 1e6, gathered=0, completions=1, step=32800, epochs=1, examples_a_step=8, **lengths)
+    run = estimate._Run(KTOConfig(model_name=str(seven), dataset_path="none.jsonl"), mix, None, None, {})
+    length = run.config.length_key
+    assert run._with([{length: 4096}]).mix == mix
+    shorter = run._with([{length: 1150}]).mix
+    assert shorter.longest == 1150 and shorter.lengths == (2050,) * 8
 
 
 def test_micro_batches_may_be_unfilled():

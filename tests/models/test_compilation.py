@@ -79,7 +79,7 @@ def results(model, batch):
         ("qwen2", "lora"),
         ("qwen3", "lora, recomputed"),
         ("qwen2", "full"),
-        pytest.param("qwen2", "lora, fp8", marks=pytest.mark.slow),  # test_gpu.py has it where it is for
+        pytest.param("qwen2", "lora, fp8", marks=pytest.mark.slow),  # test_gpu.py has it on CUDA
     ],
 )
 def test_equal_to_the_ordinary_pass_and_no_shape_is_compiled_again(tiny_model, counter, kind, training):

@@ -376,7 +376,8 @@ class _Run:
             config = config.model_copy(update=update)
             if config.length_key in update:
                 longest = min(mix.longest, mix.completions * update[config.length_key])
-                mix = mix._replace(longest=longest, lengths=tuple(min(length, longest) for length in mix.lengths))
+                most = math.ceil(longest * mix.budgeted / mix.tokens)
+                mix = mix._replace(longest=longest, lengths=tuple(min(length, most) for length in mix.lengths))
         return _Run(config, mix, self.model_config, self.reference, self.shapes)
 
     @property
