@@ -1,14 +1,17 @@
+import gc
+import importlib.util
 import json
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.errors import ConfigurationError, ModelLoadError
 from arabic_qwen.models import loading
 from arabic_qwen.models.adapters import add_lora
+from arabic_qwen.models.layers import decoder_layers, recompute_first
 from arabic_qwen.models.loading import load_model, load_tokenizer
 from arabic_qwen.models.scoring import score_completions
 
@@ -40,6 +43,53 @@ def test_trained_weights_are_float32_masters(machine, model_dir):
     assert all(parameter.requires_grad for parameter in model.parameters())
     model = load_model(str(model_dir), SFTConfig(use_lora=False), trainable=False)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def kept_after_a_pass(model) -> int:
+    """Bytes of the tensors that wait for the backward pass, where every layer recomputes."""
+
+    def alive():
+        gc.collect()
+        storages = [item.untyped_storage() for item in gc.get_objects() if type(item) is torch.Tensor]
+        return {storage._cdata: storage.nbytes() for storage in storages}
+
+    before = alive()
+    scores = score_completions(model, [([3] * 40, [[4] * 60])])
+    found = sum(size for storage, size in alive().items() if storage not in before)
+    scores[0][0].sum().backward()
+    return found
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_int8_layers_keep_nothing_that_recomputing_drops(model_dir, monkeypatch):
+    import bitsandbytes
+    from bitsandbytes.autograd._functions import MatMul8bitLt
+
+    def product_on_cuda(a, b, out=None, state=None, threshold=0.0, bias=None):
+        return MatMul8bitLt.apply(a, b, out, bias, state)
+
+    def adapted():
+        model = add_lora(load_model(str(model_dir), FLOAT32, trainable=True), FLOAT32).train()
+        recompute_first(model, len(decoder_layers(model)))
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        return model
+
+    def gradients(model):
+        return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+    plain = kept_after_a_pass(adapted())
+    monkeypatch.setattr(bitsandbytes, "matmul", product_on_cuda)
+    monkeypatch.setattr(loading, "quantization", lambda config: BitsAndBytesConfig(load_in_8bit=True))
+    mended = adapted()
+    assert kept_after_a_pass(mended) < 1.1 * plain
+    monkeypatch.setattr(loading, "mend_quantized_layers", lambda model: None)
+    as_it_was = adapted()
+    assert kept_after_a_pass(as_it_was) > 2 * plain
+    found, expected = gradients(mended), gradients(as_it_was)
+    assert all(torch.equal(one, other) and one.any() for one, other in zip(found, expected, strict=True))
 
 
 def test_loaded_model_is_ready_for_packed_passes(model_dir):

@@ -22,8 +22,7 @@ from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ModelLoadError
 from arabic_qwen.models.adapters import load_adapter, save_adapter
 from arabic_qwen.models.fp8 import convert_to_fp8
-from arabic_qwen.models.memory_limit import let_segments_grow
-from arabic_qwen.models.precision import check_fp8, compute_dtype, device, keep_quantized_layout, quantization
+from arabic_qwen.models.precision import check_fp8, compute_dtype, device, mend_quantized_layers, quantization
 from arabic_qwen.models.safety import read_json, refuse_pickle
 from arabic_qwen.models.scoring import enable_packed_forward
 from arabic_qwen.models.sources import (
@@ -113,7 +112,6 @@ def load_model(name: str, config: BaseConfig, *, trainable: bool) -> PreTrainedM
 
 
 def _load_weights(name: str, path: str, dtype: torch.dtype, config: BaseConfig, quantized: Any) -> PreTrainedModel:
-    let_segments_grow()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -141,7 +139,7 @@ def _load_weights(name: str, path: str, dtype: torch.dtype, config: BaseConfig, 
         model._keys_to_ignore_on_save = ["lm_head.weight"]  # or Trainer warns that its checkpoints lack it
     enable_packed_forward(model, use_flash=config.use_flash_attention)
     if quantized:
-        keep_quantized_layout(model)
+        mend_quantized_layers(model)
     else:
         model.to(device())
     return model

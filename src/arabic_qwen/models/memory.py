@@ -201,8 +201,10 @@ def step_memory(
     head = min(chunk, _HEAD_BYTES * targets * shape.vocabulary) + 2 * targets * shape.hidden * size
     if not config.use_lora:
         head += 4 * shape.vocabulary * shape.hidden  # its weight's gradient
+    # To be rounded to int8: float16, its magnitude, where that is too large, and the int8.
+    rounded = (2 + 2 + 1 + 1) * shape.intermediate * tokens if config.load_in_8bit else 0
     # Gradients in the widest part of a layer, or all that the layer keeps where it is computed again.
-    layer = max((3 * shape.intermediate + 2 * shape.hidden) * tokens * size, 0 if kept else a_layer)
+    layer = max((3 * shape.intermediate + 2 * shape.hidden) * tokens * size, 0 if kept else a_layer + rounded)
     return Memory(
         weights=masters + (frozen_bytes(shape, config, dtype) if config.use_lora else 0),
         reference=reference,

@@ -202,11 +202,22 @@ def autocast(config: BaseConfig) -> torch.autocast:
     return torch.autocast(device().type, dtype, enabled=dtype is not torch.float32)
 
 
-def keep_quantized_layout(model: Any) -> None:
-    """Stop bitsandbytes on processors from repacking 4-bit weights when it first evaluates.
+def mend_quantized_layers(model: Any) -> None:
+    """Make bitsandbytes' layers fit for training.
 
-    Training cannot go on with repacked weights, nor could a preference method, whose reference is such an evaluation.
+    On processors it repacks 4-bit weights when it first evaluates. Training cannot go on with repacked weights, nor could a
+    preference method, whose reference is such an evaluation. Its int8 layers keep their input, and again its columns of
+    outliers, where recomputing a decoder layer cannot drop them; only the gradient of their weights, which are frozen, would
+    need them.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        if type(module).__name__ == "Linear8bitLt":
+            module.register_forward_hook(_drop_input)
+
+
+def _drop_input(layer: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+    context: Any = output.grad_fn
+    if context is not None:
+        context.tensors = (None, None, None)  # as bitsandbytes names it
