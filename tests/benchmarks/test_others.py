@@ -194,7 +194,7 @@ def test_tables_of_the_page_are_written_from_results(monkeypatch, tmp_path):
 
 
 # All that are of what was kept.
-OF_7B = ["sft", "sft-peers", "dpo", "dpo-unsloth", "methods", "growing-segments", "growing-segments-again", "third-gpu"]
+OF_7B = ["sft", "sft-peers", "dpo", "dpo-unsloth", "methods", "fixed-segments", "ten-steps", "third-gpu"]
 RESULTS = [*(f"7b-{name}" for name in OF_7B), "0.5b", "0.5b-alone", "0.5b-8192"]
 
 

@@ -1,15 +1,12 @@
 """What does not fit into memory is halved until it does."""
 
-import os
-import platform
-
 import numpy as np
 import pytest
 import torch
 
 from arabic_qwen.data.packing import Completion, Group
 from arabic_qwen.errors import TrainingError
-from arabic_qwen.models.memory_limit import let_segments_grow, within_memory
+from arabic_qwen.models.memory_limit import within_memory
 
 
 def group(tokens):
@@ -58,35 +55,3 @@ def test_other_errors_are_not_taken():
 
     with pytest.raises(RuntimeError, match="shapes differ"):
         within_memory(compute, 64, GROUPS)
-
-
-@pytest.mark.parametrize(
-    ("variables", "system", "release", "settings"),
-    [
-        ({}, "Linux", "6.8.0", ["True"]),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "Linux", "6.8.0", []),
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "Linux", "6.8.0", []),
-        ({}, "Linux", "5.15.167.4-microsoft-standard-WSL2", []),
-        ({}, "Windows", "11", []),
-        ({}, "Linux", "virtual", ["True", "False"]),
-    ],
-)
-def test_segments_grow_where_they_can_and_nothing_else_is_chosen(variables, system, release, settings, monkeypatch):
-    told = []
-
-    def take(*args, **kwargs):
-        if release == "virtual":
-            raise RuntimeError("CUDA driver error: operation not supported")
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch, "empty", take)
-    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
-    monkeypatch.setattr(platform, "system", lambda: system)
-    monkeypatch.setattr(platform, "release", lambda: release)
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setitem(os.environ, name, value)
-    let_segments_grow()
-    assert told == [f"expandable_segments:{setting}" for setting in settings]

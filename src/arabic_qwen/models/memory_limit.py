@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import os
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -14,33 +12,12 @@ import torch
 
 from arabic_qwen.data.packing import Group
 from arabic_qwen.errors import TrainingError, one_line
-from arabic_qwen.models.precision import device
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_SEGMENT = 2**25  # bytes; PyTorch takes more than 20 MiB as they are, less out of what it has
-
 _SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-
-
-def let_segments_grow() -> None:
-    """Let PyTorch's allocator grow what it has taken from a CUDA device, rather than take more.
-
-    Packed batches are of ever other sizes. What was kept of earlier ones, each somewhat too small, fills the memory, until
-    all of it is given back and taken anew in the middle of a step. What the user's environment sets stays, and so does the
-    default on Windows and under drivers of virtual GPUs, which cannot, and in WSL, where "out of memory" would be another
-    error.
-    """
-    chosen = "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ
-    wsl = "microsoft" in platform.release().lower()
-    if torch.cuda.is_available() and torch.version.cuda and platform.system() == "Linux" and not (chosen or wsl):
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-        try:
-            torch.empty(_SEGMENT, dtype=torch.uint8, device=device())
-        except RuntimeError:
-            torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
