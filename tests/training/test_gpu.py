@@ -1,5 +1,6 @@
 """What only a CUDA device shows: flash attention against a float64 reference, precision, quantisation."""
 
+import gc
 import importlib.util
 import json
 import shutil
@@ -8,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
-from arabic_qwen.config import CPOConfig, DPOConfig, KTOConfig, SFTConfig
+from arabic_qwen.config import METHOD_CONFIGS, CPOConfig, DPOConfig, KTOConfig, SFTConfig
 from arabic_qwen.data.packing import Completion, Group, pack
 from arabic_qwen.errors import TrainingError
 from arabic_qwen.models.adapters import add_lora
@@ -20,6 +21,7 @@ from arabic_qwen.models.fp8 import FP8Linear
 from arabic_qwen.models.layers import decoder_layers
 from arabic_qwen.models.loading import load_model
 from arabic_qwen.models.scoring import score_completions
+from arabic_qwen.plan import estimate
 from arabic_qwen.training import fitting, snapshots
 from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.state import load_state
@@ -206,12 +208,12 @@ def test_first_margin_is_zero(model_dir, tmp_path, variant):
 
 
 @pytest.mark.parametrize("config_class", [DPOConfig, KTOConfig, CPOConfig])
-@pytest.mark.parametrize("load_in_4bit", [False, True])
-def test_preferences(model_dir, tmp_path, config_class, load_in_4bit):
-    if load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+@pytest.mark.parametrize("quantized", [{}, {"load_in_4bit": True}, {"load_in_8bit": True}], ids=str)
+def test_preferences(model_dir, tmp_path, config_class, quantized):
+    if quantized and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("needs bitsandbytes")
     values = {"unpair_preferences": True} if config_class is KTOConfig else {}
-    trainer = BaseTrainer(pairs_config(config_class, model_dir, tmp_path, load_in_4bit=load_in_4bit, **values))
+    trainer = BaseTrainer(pairs_config(config_class, model_dir, tmp_path, **quantized, **values))
     before = trainer.evaluate()
     trainer.train()
     assert trainer.metrics["eval_rewards/margins"] > before["eval_rewards/margins"] + 0.05
@@ -302,7 +304,7 @@ def test_memory_is_used_and_not_exceeded(config, monkeypatch):
     needed = measure(2048, 1)
     assert torch.equal(torch.cuda.get_rng_state(), random_state)
     assert all(parameter.grad is None for parameter in engine.model.parameters())
-    assert measure(2048, 0) < needed < measure(2048, 2) < measure(4096, 2)
+    assert measure(2048, 0) < 1.01 * needed < measure(2048, 2) < measure(4096, 2)  # none kept is nearly as much as one
     monkeypatch.setattr(fitting.CudaMeasure, "memory", lambda self: round(needed * 1.01 / fitting.USABLE))
     engine.recomputed = None
     engine.token_budget, engine.fits_budget = 2048, False
@@ -319,6 +321,93 @@ def has_fp8():
 
 
 needs_fp8 = pytest.mark.skipif(not has_fp8(), reason="needs an Ada, Hopper or newer GPU")
+
+
+@pytest.fixture(scope="module")
+def wide_dir(model_dir, tmp_path_factory):
+    """Three layers of the 7B shape."""
+    shape = Qwen2Config(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=3,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=8192,
+    )
+    path = tmp_path_factory.mktemp("wide")
+    shutil.copytree(model_dir, path, dirs_exist_ok=True)
+    with torch.device("cuda"):
+        Qwen2ForCausalLM(shape).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def wide_config(method, wide_dir, tmp_path, **values):
+    """Two steps of 8,192 tokens at a time, of examples of all lengths up to 1,024."""
+    rng = np.random.default_rng(0)
+
+    def text():
+        return " ".join(map(str, rng.integers(0, 10_000, rng.integers(10, 200))))
+
+    names = {"sft": ("instruction", "response"), "kto": ("prompt", "completion")}.get(
+        method, ("prompt", "chosen", "rejected")
+    )
+    rows = [{name: text() for name in names} for _ in range(64)]
+    for number, row in enumerate(rows):
+        row |= {"label": number % 2 == 0} if method == "kto" else {}
+        row |= {"rejected": [text() for _ in range(4)]} if method == "cpo" else {}
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return METHOD_CONFIGS[method](
+        model_name=str(wide_dir),
+        dataset_path=str(data),
+        output_dir=str(tmp_path / "run"),
+        instruction_template="chatml",
+        lora_target_modules="all-linear",
+        max_seq_length=1024,
+        per_device_train_batch_size=32,
+        gradient_accumulation_steps=1,
+        token_budget=8192,
+        max_steps=2,
+        eval_samples=0,
+        **values,
+    )
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [True, False])
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        ("sft", {}),
+        ("sft", {"packing": True, "torch_compile": True}),
+        ("sft", {"load_in_4bit": True}),
+        ("sft", {"load_in_8bit": True}),
+        pytest.param("sft", {"base_precision": "fp8"}, marks=needs_fp8),
+        ("sft", {"use_dora": True}),
+        ("sft", {"use_lora": False}),
+        ("sft", {"use_lora": False, "optim": "adamw_8bit"}),
+        ("dpo", {}),
+        ("dpo", {"use_lora": False}),
+        ("dpo", {"ref_model_name": True}),
+        ("dpo", {"load_in_4bit": True, "torch_compile": True}),
+        ("kto", {}),
+        ("cpo", {}),
+    ],
+    ids=str,
+)
+def test_memory_is_what_plan_says(wide_dir, tmp_path, method, values, gradient_checkpointing):
+    if not {"load_in_4bit", "load_in_8bit", "optim"}.isdisjoint(values) and not importlib.util.find_spec(
+        "bitsandbytes"
+    ):
+        pytest.skip("needs bitsandbytes")
+    if "ref_model_name" in values:
+        values = values | {"ref_model_name": str(wide_dir)}
+    config = wide_config(method, wide_dir, tmp_path, gradient_checkpointing=gradient_checkpointing, **values)
+    planned = estimate.plan(config).devices[0].parts
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    BaseTrainer(config).train()
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(planned.total, rel=0.1), planned
 
 
 def relative(found, exact):
@@ -379,20 +468,6 @@ def test_compiled_layers_compute_the_same(model_dir, targets, base_precision, ch
     assert all(name in kernels for name in ("_head_scores", "_swiglu_backward"))
     for ours, eager in zip(found, run(compiled=False), strict=True):
         assert relative(ours, eager.double()) < 0.05  # sums in another order
-
-
-def test_memory_grows_in_place(model_dir, monkeypatch):
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
-    torch.cuda.empty_cache()
-    model = load_model(str(model_dir), SFTConfig(), trainable=False)
-    addresses = {parameter.data_ptr() for parameter in model.parameters()}
-    holding = [
-        segment["is_expandable"]
-        for segment in torch.cuda.memory_snapshot()
-        if any(segment["address"] <= one < segment["address"] + segment["total_size"] for one in addresses)
-    ]
-    assert holding and all(holding)
 
 
 @needs_fp8
