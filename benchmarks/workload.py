@@ -149,6 +149,8 @@ def configuration(method: str, args: argparse.Namespace, output_dir: str, **valu
         "torch_dtype": dtype,
     }
     given = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.set)}
+    if given.get("load_in_8bit"):
+        settings["torch_compile"] = False  # does not go with it
     return METHOD_CONFIGS[method](**settings | options | values | given)
 
 

@@ -268,6 +268,10 @@ def test_this_gpu_is_what_it_is(seven, monkeypatch):
     [
         ({"torch_compile": True, "torch_dtype": "float32"}, "torch_compile: needs a GPU with flash attention"),
         ({"torch_compile": True, "use_flash_attention": False}, "torch_compile: needs a GPU with flash attention"),
+        (
+            {"torch_compile": True, "load_in_8bit": True},
+            "torch_compile: does not go with load_in_8bit; set it to auto or",
+        ),
         ({"base_precision": "fp8", "torch_dtype": "float32"}, "base_precision: fp8 layers give bfloat16"),
         ({"bf16": True, "fp16": True}, "bf16 and fp16 are both true; set one of them to false"),
     ],

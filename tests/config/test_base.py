@@ -207,7 +207,6 @@ CONTRADICTIONS = [
     ({"load_in_8bit": True}, "load_in_4bit", True, "load_in_4bit and load_in_8bit are both true"),
     ({"load_in_4bit": True}, "use_lora", False, "quantised model can only be trained with adapters"),
     ({"use_lora": False}, "load_in_8bit", True, "quantised model can only be trained with adapters"),
-    ({"torch_compile": True}, "load_in_8bit", True, "torch_compile does not go with load_in_8bit; set it to auto or"),
     ({"base_precision": "fp8"}, "use_lora", False, "fp8 is for frozen weights, which use_lora false has none of"),
     ({"base_precision": "fp8"}, "load_in_4bit", True, "fp8 does not go with load_in_4bit; unset one of them"),
     ({"base_precision": "fp8"}, "lora_bias", "all", "fp8 does not go with lora_bias; unset one of them"),

@@ -159,6 +159,10 @@ def test_what_cannot_be_compiled(tiny_model):
     assert not should_compile(SFTConfig(), tiny_model("qwen2"), 1e20)  # on a processor
     with pytest.raises(ConfigurationError, match=r"torch_compile: needs a GPU .*; set it to auto or false"):
         should_compile(SFTConfig(torch_compile=True), tiny_model("qwen2"), 1e20)
+    with pytest.raises(
+        ConfigurationError, match=r"torch_compile: does not go with load_in_8bit; set it to auto or false"
+    ):
+        should_compile(SFTConfig(torch_compile=True, load_in_8bit=True), tiny_model("qwen2"), 1e20)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="its code for processors rounds as it likes")

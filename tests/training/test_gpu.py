@@ -364,12 +364,16 @@ def wide_config(method, wide_dir, tmp_path, **values):
         instruction_template="chatml",
         lora_target_modules="all-linear",
         max_seq_length=1024,
-        per_device_train_batch_size=32,
+        per_device_train_batch_size=64,
         gradient_accumulation_steps=1,
         token_budget=8192,
         max_steps=2,
+        validation_split=0,
+        evaluation_strategy="no",
         eval_samples=0,
-        **values,
+        save_strategy="no",
+        load_best_model_at_end=False,
+        **({"packing": False} if method == "sft" else {}) | values,
     )
 
 
@@ -407,6 +411,7 @@ def test_memory_is_what_plan_says(wide_dir, tmp_path, method, values, gradient_c
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     BaseTrainer(config).train()
+    shutil.rmtree(config.output_dir)
     assert torch.cuda.max_memory_allocated() - before == pytest.approx(planned.total, rel=0.1), planned
 
 

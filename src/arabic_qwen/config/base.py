@@ -308,10 +308,6 @@ class BaseConfig(BaseModel):
             raise ValueError("load_in_4bit and load_in_8bit are both true; set one of them to false")
         if (self.load_in_4bit or self.load_in_8bit) and not self.use_lora:
             raise ValueError("a quantised model can only be trained with adapters; set use_lora to true")
-        if self.load_in_8bit and self.torch_compile is True:
-            raise ValueError(
-                "torch_compile does not go with load_in_8bit; set it to auto or false, or use load_in_4bit"
-            )
         if self.base_precision == "fp8":
             self._check_fp8()
         if self.streaming and self.max_steps is None:
