@@ -126,6 +126,7 @@ def configuration(method: str, args: argparse.Namespace, output_dir: str, **valu
     """LoRA r=16 on all linear layers, no dropout, no decay: a weight that does not move had no gradient."""
     options = {"packing": False} if method == "sft" else {"max_prompt_length": LONGEST}
     dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    given = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.set)}
     settings = {
         "model_name": args.model,
         "dataset_path": getattr(args, "data", None) or "sample:sft",
@@ -144,13 +145,10 @@ def configuration(method: str, args: argparse.Namespace, output_dir: str, **valu
         "evaluation_strategy": "no",
         "save_strategy": "no",
         "load_best_model_at_end": False,
-        # auto takes so few steps for a run that does not pay for it; float32 has no flash attention
-        "torch_compile": torch.cuda.is_available() and dtype != "float32",
+        # auto takes so few steps for a run that does not pay for it; float32 has no flash attention, int8 is not compiled
+        "torch_compile": torch.cuda.is_available() and dtype != "float32" and not given.get("load_in_8bit"),
         "torch_dtype": dtype,
     }
-    given = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.set)}
-    if given.get("load_in_8bit"):
-        settings["torch_compile"] = False  # does not go with it
     return METHOD_CONFIGS[method](**settings | options | values | given)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
 from arabic_qwen.config import METHOD_CONFIGS, CPOConfig, DPOConfig, KTOConfig, SFTConfig
 from arabic_qwen.data.packing import Completion, Group, pack
@@ -31,6 +31,20 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+HAS_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
+needs_fp8 = pytest.mark.skipif(not HAS_FP8, reason="needs an Ada, Hopper or newer GPU")
+needs_bitsandbytes = pytest.mark.skipif(not HAS_BITSANDBYTES, reason="needs bitsandbytes")
+
+
+def skip_what_is_lacking(values):
+    """Skip a test with settings that this GPU or environment does not offer."""
+    if "base_precision" in values and not HAS_FP8:
+        pytest.skip("needs an Ada, Hopper or newer GPU")
+    if not HAS_BITSANDBYTES and not {"load_in_4bit", "load_in_8bit", "optim"}.isdisjoint(values):
+        pytest.skip("needs bitsandbytes")
 
 
 def random_groups(count, max_completions):
@@ -85,6 +99,8 @@ def config(model_dir, sft_file, tmp_path):
 
 def pairs_config(config_class, model_dir, tmp_path, **values):
     rows = [{"prompt": f"سؤال رقم {i}؟", "chosen": f"جواب {i}.", "rejected": "لا أدري."} for i in range(32)]
+    if config_class is KTOConfig:
+        values["unpair_preferences"] = True
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return config_class(
@@ -131,7 +147,7 @@ def test_flash_and_sdpa_train_alike(config):
     assert flash == pytest.approx(sdpa, rel=5e-3)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@needs_bitsandbytes
 @pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])
 def test_quantised_base(config, key):
     setattr(config, key, True)
@@ -172,8 +188,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_variants_of_lora(config, variant):
-    if variant.get("load_in_4bit") and importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip("needs bitsandbytes")
+    skip_what_is_lacking(variant)
     for name, value in variant.items():
         setattr(config, name, value)
     config.learning_rate = 1e-3
@@ -195,10 +210,7 @@ COMPILED = [
 
 @pytest.mark.parametrize("variant", [{}, {"load_in_4bit": True}, *VARIANTS, *COMPILED], ids=str)
 def test_first_margin_is_zero(model_dir, tmp_path, variant):
-    if "base_precision" in variant and not has_fp8():
-        pytest.skip("needs an Ada, Hopper or newer GPU")
-    if variant.get("load_in_4bit") and importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip("needs bitsandbytes")
+    skip_what_is_lacking(variant)
     trainer = BaseTrainer(pairs_config(DPOConfig, model_dir, tmp_path, lora_dropout=0.0, logging_steps=1, **variant))
     trainer.train()
     # On a 4-bit base bitsandbytes multiplies with another kernel where no gradient is needed, as in the reference's pass;
@@ -210,10 +222,8 @@ def test_first_margin_is_zero(model_dir, tmp_path, variant):
 @pytest.mark.parametrize("config_class", [DPOConfig, KTOConfig, CPOConfig])
 @pytest.mark.parametrize("quantized", [{}, {"load_in_4bit": True}, {"load_in_8bit": True}], ids=str)
 def test_preferences(model_dir, tmp_path, config_class, quantized):
-    if quantized and importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip("needs bitsandbytes")
-    values = {"unpair_preferences": True} if config_class is KTOConfig else {}
-    trainer = BaseTrainer(pairs_config(config_class, model_dir, tmp_path, **quantized, **values))
+    skip_what_is_lacking(quantized)
+    trainer = BaseTrainer(pairs_config(config_class, model_dir, tmp_path, **quantized))
     before = trainer.evaluate()
     trainer.train()
     assert trainer.metrics["eval_rewards/margins"] > before["eval_rewards/margins"] + 0.05
@@ -236,8 +246,7 @@ class NoWaiting(TrainerCallback):
 @pytest.mark.parametrize("config_class", [SFTConfig, DPOConfig, KTOConfig, CPOConfig])
 def test_no_step_waits_for_the_device(config, model_dir, tmp_path, config_class, compiled):
     if config_class is not SFTConfig:
-        values = {"unpair_preferences": True} if config_class is KTOConfig else {}
-        config = pairs_config(config_class, model_dir, tmp_path, **values)
+        config = pairs_config(config_class, model_dir, tmp_path)
     config.max_steps, config.logging_steps, config.callbacks = 8, 100, [NoWaiting()]
     config.torch_compile = compiled
     try:
@@ -316,28 +325,24 @@ def test_memory_is_used_and_not_exceeded(config, monkeypatch):
     assert torch.cuda.max_memory_allocated() < 1.05 * needed
 
 
-def has_fp8():
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
-
-
-needs_fp8 = pytest.mark.skipif(not has_fp8(), reason="needs an Ada, Hopper or newer GPU")
-
-
 @pytest.fixture(scope="module")
-def wide_dir(model_dir, tmp_path_factory):
+def wide_dir(model_dir, tiny_model, tmp_path_factory):
     """Three layers of the 7B shape."""
-    shape = Qwen2Config(
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=3,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=8192,
-    )
+    sizes = {
+        "vocab_size": 8192,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.02,
+    }
     path = tmp_path_factory.mktemp("wide")
     shutil.copytree(model_dir, path, dirs_exist_ok=True)
     with torch.device("cuda"):
-        Qwen2ForCausalLM(shape).to(torch.bfloat16).save_pretrained(path)
+        tiny_model(tied=False, **sizes).to(torch.bfloat16).save_pretrained(path)
     return path
 
 
@@ -385,7 +390,7 @@ def wide_config(method, wide_dir, tmp_path, **values):
         ("sft", {"packing": True, "torch_compile": True}),
         ("sft", {"load_in_4bit": True}),
         ("sft", {"load_in_8bit": True}),
-        pytest.param("sft", {"base_precision": "fp8"}, marks=needs_fp8),
+        ("sft", {"base_precision": "fp8"}),
         ("sft", {"use_dora": True}),
         ("sft", {"use_lora": False}),
         ("sft", {"use_lora": False, "optim": "adamw_8bit"}),
@@ -399,10 +404,7 @@ def wide_config(method, wide_dir, tmp_path, **values):
     ids=str,
 )
 def test_memory_is_what_plan_says(wide_dir, tmp_path, method, values, gradient_checkpointing):
-    if not {"load_in_4bit", "load_in_8bit", "optim"}.isdisjoint(values) and not importlib.util.find_spec(
-        "bitsandbytes"
-    ):
-        pytest.skip("needs bitsandbytes")
+    skip_what_is_lacking(values)
     if "ref_model_name" in values:
         values = values | {"ref_model_name": str(wide_dir)}
     config = wide_config(method, wide_dir, tmp_path, gradient_checkpointing=gradient_checkpointing, **values)
@@ -494,8 +496,7 @@ def test_fp8_base(config):
 @needs_fp8
 @pytest.mark.parametrize("config_class", [DPOConfig, KTOConfig, CPOConfig])
 def test_preferences_on_an_fp8_base(model_dir, tmp_path, config_class):
-    values = {"unpair_preferences": True} if config_class is KTOConfig else {}
-    values |= {"base_precision": "fp8", "lora_dropout": 0.0, "logging_steps": 1}
+    values = {"base_precision": "fp8", "lora_dropout": 0.0, "logging_steps": 1}
     trainer = BaseTrainer(pairs_config(config_class, model_dir, tmp_path, **values))
     before = trainer.evaluate()
     trainer.train()
@@ -504,7 +505,7 @@ def test_preferences_on_an_fp8_base(model_dir, tmp_path, config_class):
         assert trainer.trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@needs_bitsandbytes
 @pytest.mark.parametrize("use_lora", [True, False])
 def test_8_bit_optimizer(config, tmp_path, use_lora):
     config.use_lora, config.lora_r, config.learning_rate = use_lora, 64, 1e-2 if use_lora else 1e-3
@@ -515,7 +516,7 @@ def test_8_bit_optimizer(config, tmp_path, use_lora):
     assert values == pytest.approx(plain, rel=0.2)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@needs_bitsandbytes
 def test_8_bit_optimizer_goes_on_exactly(config, tmp_path):
     config.optim, config.lora_r, config.max_steps, config.save_steps = "adamw_8bit", 64, 6, 3
     config.evaluation_strategy, config.use_flash_attention = "no", False

@@ -50,11 +50,13 @@ def pays(config: BaseConfig, parameters: int, tokens: float) -> bool:
 
 def check_compilable(config: BaseConfig, flash: bool) -> None:
     """Raise ConfigurationError where `torch_compile` is true and layers are int8, or lack the flash attention they need."""
-    if config.torch_compile is True and config.load_in_8bit:  # compiled, they would keep their inputs
+    if config.torch_compile is not True:
+        return
+    if config.load_in_8bit:  # compiled, they would keep their inputs
         raise ConfigurationError(
             "torch_compile: does not go with load_in_8bit; set it to auto or false, or load_in_4bit instead of load_in_8bit"
         )
-    if config.torch_compile is True and not flash:
+    if not flash:
         raise ConfigurationError(
             "torch_compile: needs a GPU with flash attention (Ampere or newer, bfloat16 or float16, "
             "use_flash_attention); set it to auto or false"

@@ -213,7 +213,7 @@ def mend_quantized_layers(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-        if type(module).__name__ == "Linear8bitLt" and isinstance(module, torch.nn.Linear):  # PEFT has one too
+        if hasattr(module, "init_8bit_state"):
             module.register_forward_hook(_drop_input)
 
 
