@@ -1,5 +1,7 @@
 """The model of memory: against tensors that are really kept, and against peaks measured on an H100."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -8,7 +10,7 @@ from transformers import Qwen2Config
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.adapters import add_lora
-from arabic_qwen.models.layers import decoder_layers
+from arabic_qwen.models.layers import decoder_layers, last_layer, set_packed_forward
 from arabic_qwen.models.memory import model_shape, moment_bytes, step_memory
 
 SEVEN = Qwen2Config(
@@ -57,6 +59,30 @@ def test_peaks_that_were_measured():
         assert peak(config, wider, tokens=6152).total / 1e9 == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("values", "compiled", "recomputed", "kept"),
+    [
+        ({}, False, 4.49, 7.75),
+        ({}, True, 3.99, 6.74),
+        ({"load_in_4bit": True}, False, 3.51, 6.63),
+        ({"load_in_4bit": True}, True, 3.25, 6.47),
+        ({"load_in_8bit": True}, False, 4.18, 7.11),
+        ({"base_precision": "fp8"}, False, 5.17, 7.96),
+        ({"use_dora": True}, False, 9.79, 15.6),
+        ({"use_lora": False}, False, 15.5, 19.6),
+        ({"use_lora": False, "optim": "adamw_8bit"}, False, 11.2, 15.2),
+    ],
+    ids=str,
+)
+def test_peaks_of_three_layers(values, compiled, recomputed, kept):
+    """Three layers of the 7B shape on an H100, all recomputed or none; GB of SFT, where compiled on NF4 of DPO."""
+    three = Qwen2Config(**SEVEN.to_dict() | {"num_hidden_layers": 3, "layer_types": None, "vocab_size": 8192})
+    config = lora(lora_dropout=0.1, **values)
+    for count, measured in ((3, recomputed), (0, kept)):
+        found = peak(config, three, tokens=7967, compiled=compiled, recomputed=count)
+        assert found.total / 1e9 == pytest.approx(measured, rel=0.1)
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("use_lora", [True, False])
 def test_shape_is_that_of_the_model(tiny_model, kind, use_lora):
@@ -70,10 +96,10 @@ def test_shape_is_that_of_the_model(tiny_model, kind, use_lora):
     model.train()
     layers = decoder_layers(model)
 
-    def kept_by_second_layer(tokens):
+    def kept_by_second_layer(tokens, **given):
         storages, own = {}, {p.untyped_storage()._cdata for p in model.parameters()}
         hidden = torch.randn(1, tokens, 64, requires_grad=True)
-        rotary = tuple(torch.randn(2, 1, tokens, 16))
+        rotary = (torch.randn(1, tokens, 16),) * 2
         storages[hidden.untyped_storage()._cdata] = hidden.untyped_storage()
 
         def keep(tensor):
@@ -81,11 +107,25 @@ def test_shape_is_that_of_the_model(tiny_model, kind, use_lora):
             return tensor
 
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = layers[1](hidden, position_embeddings=rotary, attention_mask=None)
+            output = layers[1](hidden, position_embeddings=rotary, attention_mask=None, **given)
         del output
         return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
 
     assert shape.kept == pytest.approx((kept_by_second_layer(90) - kept_by_second_layer(50)) / 40, rel=0.02)
+    set_packed_forward(layers[1], last_layer)
+
+    def kept_as_last(tokens):
+        return kept_by_second_layer(tokens, packed=SimpleNamespace(target_index=torch.arange(10)))
+
+    assert shape.kept_attention == pytest.approx((kept_as_last(90) - kept_as_last(50)) / 40, rel=0.02)
+    assert shape.kept_always == 0
+
+
+def test_dora_keeps_its_weights_in_the_precision_of_computation():
+    """With dropout it multiplies by each weight a second time: of 2 bytes, where the layers are of 0.233 billion."""
+    shape = model_shape(SEVEN, lora(lora_dropout=0.1, use_dora=True), torch.bfloat16)
+    assert shape.kept_always == pytest.approx(2 * shape.linear / 28, rel=0.02)
+    assert model_shape(SEVEN, lora(use_dora=True), torch.bfloat16).kept_always < 0.01 * shape.kept_always
 
 
 def test_each_saving_saves():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.models.adapters import add_lora
-from arabic_qwen.models.layers import decoder_layers
+from arabic_qwen.models.layers import decoder_layers, last_layer, set_packed_forward
 
 #: Bytes a parameter of the frozen linear layers: NF4 in blocks of 64, whose scales take a byte, and a float32 for 256 of
 #: these; int8; two byte copies, one of them transposed for the gradient.
@@ -57,7 +60,9 @@ class ModelShape(NamedTuple):
     adapters: int  # parameters; 0 without LoRA
     moments: float  # bytes of the optimizer's, for what is trained
     kept: float  # bytes a token that a layer keeps for its backward pass, not compiled
-    kept_plain: float  # the same without dropout
+    kept_attention: float  # of these, what is before the MLP
+    kept_plain: float  # the same as `kept` without dropout
+    kept_always: float  # bytes that a layer keeps whatever the tokens: DoRA's copies of its weights
 
     @property
     def parameters(self) -> int:
@@ -71,7 +76,7 @@ class Memory(NamedTuple):
     reference: float  # a second model
     optimizer: float  # gradients and moments
     activations: float
-    head: float  # or the working set of a layer, which is not there at the same time
+    head: float  # or the working set of a layer, less what of the activations is gone by then
 
     @property
     def total(self) -> float:
@@ -105,10 +110,11 @@ def model_shape(model_config: PreTrainedConfig, config: BaseConfig, dtype: torch
         of_layer = moment_bytes(layer, eight_bit)
     layers, heads = model_config.num_hidden_layers, model_config.num_attention_heads
     size = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
-    kept, kept_plain = (_kept_a_token(model.train(dropout), one, dtype, size) for dropout in (True, False))
-    # A processor keeps dropout's masks in the precision of computation, a GPU as bytes.
-    adapted: list[Any] = [m for m in layer.modules() if isinstance(m, LoraLayer)]
-    dropped = sum(m.in_features for m in adapted) if config.lora_dropout else 0
+    kept, always = _kept_a_token(model.train(), one, dtype, size)
+    kept_attention, _ = _kept_a_token(model, one, dtype, size, mlp=False)
+    kept_plain, _ = _kept_a_token(model.eval(), one, dtype, size)
+    # A processor keeps dropout's masks in the precision of its input, which is float32 with DoRA; a GPU keeps bytes.
+    masks = ((4 if config.use_dora else dtype.itemsize) - 1) * bool(config.lora_dropout)
     return ModelShape(
         layers=layers,
         hidden=model_config.hidden_size,
@@ -120,25 +126,43 @@ def model_shape(model_config: PreTrainedConfig, config: BaseConfig, dtype: torch
         others=layers * (a_layer - linear) + outside,
         adapters=layers * adapters,
         moments=moment_bytes(model, eight_bit) + (layers - 1) * of_layer,
-        kept=kept - dropped * (dtype.itemsize - 1),
+        kept=kept - masks * _adapted_inputs(layer),
+        kept_attention=kept_attention - masks * _adapted_inputs(layer.self_attn),
         kept_plain=kept_plain,
+        kept_always=always if config.use_dora else 0.0,
     )
 
 
-def _kept_a_token(model: Any, model_config: Any, dtype: torch.dtype, head_size: int) -> float:
-    less, more = (_kept(model, model_config, dtype, head_size, tokens) for tokens in (128, 256))
-    return (more - less) / 128
+def _adapted_inputs(module: torch.nn.Module) -> int:
+    adapted: list[Any] = [one for one in module.modules() if isinstance(one, LoraLayer)]
+    return sum(one.in_features for one in adapted)
 
 
-def _kept(model: Any, model_config: Any, dtype: torch.dtype, head_size: int, tokens: int) -> int:
-    """Bytes that one layer keeps for `tokens` tokens: the storages that autograd saves, without the parameters'."""
+def _kept_a_token(
+    model: Any, model_config: Any, dtype: torch.dtype, head_size: int, *, mlp: bool = True
+) -> tuple[float, float]:
+    """Bytes that one layer keeps for each token, and for none; with its MLP or without."""
     (layer,) = decoder_layers(model)
-    storages: dict[int, torch.UntypedStorage] = {}
+    set_packed_forward(layer, last_layer)
+    less, more = (_kept(layer, model_config.hidden_size, dtype, head_size, tokens, mlp) for tokens in (128, 256))
+    return (more - less) / 128, 2 * less - more
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage
-        return tensor
+
+@dataclasses.dataclass(eq=False)
+class _Saved:
+    """A tensor that autograd holds."""
+
+    tensor: torch.Tensor
+
+
+def _kept(layer: Any, width: int, dtype: torch.dtype, head_size: int, tokens: int, mlp: bool) -> int:
+    """Bytes that one layer keeps for `tokens` tokens: the storages that autograd saves, without the parameters'."""
+    saved = weakref.WeakSet[_Saved]()  # what is not part of the output's graph is free again
+
+    def keep(tensor: torch.Tensor) -> _Saved:
+        one = _Saved(tensor)
+        saved.add(one)
+        return one
 
     # Tensors without contents that pass as a processor's, for autocast leaves meta tensors alone.
     with FakeTensorMode():
@@ -146,15 +170,17 @@ def _kept(model: Any, model_config: Any, dtype: torch.dtype, head_size: int, tok
             name: torch.empty(parameter.shape, dtype=parameter.dtype, requires_grad=parameter.requires_grad)
             for name, parameter in layer.named_parameters()
         }
-        hidden = torch.empty(1, tokens, model_config.hidden_size, dtype=dtype, requires_grad=True)
+        hidden = torch.empty(1, tokens, width, dtype=dtype, requires_grad=True)
         rotary = (torch.empty(1, tokens, head_size, dtype=dtype),) * 2
-        with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", dtype, dtype is not torch.float32):
-            output = torch.func.functional_call(
-                layer, parameters, (hidden,), {"position_embeddings": rotary, "attention_mask": None}
-            )
-        storages[hidden.untyped_storage()._cdata] = hidden.untyped_storage()
+        given: dict[str, Any] = {"position_embeddings": rotary, "attention_mask": None}
+        if not mlp:  # what the last layer leaves out where nothing is a target
+            given["packed"] = SimpleNamespace(target_index=torch.arange(0))
+        autocast = torch.autocast("cpu", dtype, dtype is not torch.float32)
+        with saved_tensors_hooks(keep, lambda one: one.tensor), autocast:
+            output = torch.func.functional_call(layer, parameters, (hidden,), given)
+        storages = [tensor.untyped_storage() for tensor in (hidden, *(one.tensor for one in saved))]
         own = {parameter.untyped_storage()._cdata for parameter in parameters.values()}
-        kept = sum(storage.nbytes() for key, storage in storages.items() if key not in own)
+        kept = sum({storage._cdata: storage.nbytes() for storage in storages if storage._cdata not in own}.values())
         del output
     return kept
 
@@ -190,25 +216,51 @@ def step_memory(
     size = dtype.itemsize
     trained = shape.adapters if config.use_lora else shape.parameters
     masters = 4 * trained
+    hidden, wide = tokens * shape.hidden * size, tokens * shape.intermediate * size
     # Autocast keeps a copy of each trained weight in the precision of computation until the forward pass ends.
-    copies = size * trained if size < 4 else 0
-    hidden = tokens * shape.hidden * size
-    a_layer = shape.kept * tokens * (COMPILED_SHARE if compiled else 1) + 2 * gathered * shape.keys * size
-    kept = shape.layers - recomputed
-    # Hidden states at each recomputed layer's input, and at targets after the last: normed, in float32, and its gradient.
-    activations = copies + recomputed * hidden + kept * a_layer + (2 * size + 4) * targets * shape.hidden
+    fixed = (size * trained if size < 4 else 0) + recomputed * hidden  # the hidden states are inputs of layers
+    share = COMPILED_SHARE if compiled else 1.0
+    always = shape.kept_always + 2 * gathered * shape.keys * size
+    a_layer = always + share * shape.kept * tokens
+    # The last layer has no MLP but where a target is predicted.
+    last = always + share * (shape.kept_attention * tokens + (shape.kept - shape.kept_attention) * targets)
+    others = max(shape.layers - recomputed - 1, 0) * a_layer
+    # Hidden states at targets after the last layer: normed, in float32, and its gradient.
+    kept = others + (last if recomputed < shape.layers else 0) + (2 * size + 4) * targets * shape.hidden
+
     chunk = _HEAD_CHUNK if on_gpu else _HEAD_CHUNK_PROCESSOR
     head = min(chunk, _HEAD_BYTES * targets * shape.vocabulary) + 2 * targets * shape.hidden * size
     if not config.use_lora:
         head += 4 * shape.vocabulary * shape.hidden  # its weight's gradient
-    # To be rounded to int8: float16, its magnitude, where that is too large, and the int8.
-    rounded = (2 + 2 + 1 + 1) * shape.intermediate * tokens if config.load_in_8bit else 0
-    # Gradients in the widest part of a layer, or all that the layer keeps where it is computed again.
-    layer = max((3 * shape.intermediate + 2 * shape.hidden) * tokens * size, 0 if kept else a_layer + rounded)
+    expanded = _expanded(shape, config, compiled)
+    gradients = 2 * wide + 2 * hidden  # in the widest part of a layer, less what they free
+    again = a_layer + wide + 3 * hidden + expanded + _rounded(config, compiled) * tokens * shape.intermediate
+    peak = max(
+        kept + head,
+        kept + gradients * targets / tokens + expanded,  # the last layer's
+        others + gradients + expanded if others else 0,  # when the last layer's are done
+        again if recomputed else 0,  # and those of all that need not be computed again
+    )
     return Memory(
         weights=masters + (frozen_bytes(shape, config, dtype) if config.use_lora else 0),
         reference=reference,
         optimizer=4 * trained + shape.moments,
-        activations=activations,
-        head=max(head, layer),
+        activations=fixed + kept,
+        head=peak - kept,
     )
+
+
+def _expanded(shape: ModelShape, config: BaseConfig, compiled: bool) -> float:
+    """Bytes of the largest weight where its product needs it in another form."""
+    if config.use_dora:  # the adapter's product with an identity matrix, in float32 and rounded
+        return 6.0 * shape.intermediate**2 + 2 * shape.intermediate * shape.hidden
+    copies = 2 if config.load_in_4bit and compiled else 1  # two products at once
+    return 2.0 * copies * shape.intermediate * shape.hidden if config.load_in_4bit or config.load_in_8bit else 0.0
+
+
+def _rounded(config: BaseConfig, compiled: bool) -> int:
+    """Bytes an element of an input that is rounded for its product, beside what the layer keeps."""
+    if config.load_in_8bit:
+        return 3  # float16, its magnitude, that without what is too large, int8
+    eager_fp8 = config.base_precision == "fp8" and not compiled
+    return 5 if config.use_dora or eager_fp8 else 0  # float32, twice

@@ -41,19 +41,25 @@ class Mix(NamedTuple):
     examples_a_step: float  # on average
     steps: int | None = None  # of the run; None: the data was not read
     note: str = ""
-    lengths: tuple[int, ...] = ()  # of some examples, in tokens that count against a token budget; none: not measured
+    #: Of some examples, tokens that count against a token budget, and those in the stream; none: not measured.
+    lengths: tuple[tuple[int, int], ...] = ()
 
     def largest_micro_batch(self, token_budget: int) -> int:
-        """Tokens of the largest one under this budget, by the order of the file; a longer example stands alone."""
+        """Tokens in the stream of the largest one under this budget, by the order of the file."""
         if not self.lengths:
-            return min(token_budget, self.step)
+            tokens = min(token_budget, self.step)
+            return max(math.ceil(tokens * self.tokens / self.budgeted), min(tokens, self.longest))
         return _largest_micro_batch(self.lengths, max(round(self.examples_a_step), 1), token_budget)
 
 
 @functools.cache
-def _largest_micro_batch(lengths: tuple[int, ...], examples_a_step: int, token_budget: int) -> int:
-    steps = [lengths[start : start + examples_a_step] for start in range(0, len(lengths), examples_a_step)]
-    return max(sum(step[i] for i in members) for step in steps for members in budget_bins(step, token_budget))
+def _largest_micro_batch(lengths: tuple[tuple[int, int], ...], examples_a_step: int, token_budget: int) -> int:
+    largest = 0
+    for start in range(0, len(lengths), examples_a_step):
+        budgeted, streamed = zip(*lengths[start : start + examples_a_step], strict=True)
+        bins = budget_bins(budgeted, token_budget)
+        largest = max(largest, *(sum(streamed[i] for i in members) for members in bins))
+    return largest
 
 
 def mix_of(config: BaseConfig) -> Mix:
@@ -151,5 +157,5 @@ def examples_of(groups: Sequence[Group]) -> dict[str, Any]:
         "gathered": float(np.mean([len(g.prompt) * len(g.completions) * (len(g.completions) > 1) for g in groups])),
         "longest": max(group.num_tokens for group in groups),
         "completions": max(len(group.completions) for group in groups),
-        "lengths": tuple(group.num_budgeted for group in groups),
+        "lengths": tuple((group.num_budgeted, group.num_tokens) for group in groups),
     }

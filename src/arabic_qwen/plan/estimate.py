@@ -37,7 +37,7 @@ _NOT_COMPILED = 2.2  # times as many bytes; measured with a 7B in SFT and DPO
 # Times as long: 1.25 from a profile; with it 0.52, nearly the ideal half, gives the steps of a 7B measured in SFT and DPO.
 _FP8_PRODUCTS, _FP8_TRAFFIC = 0.52, 1.25
 _SMALLEST = 1e8  # parameters: the time of smaller models is not known
-_NF4 = 0.78  # weights are expanded in each product; measured with a 7B in DPO
+_NF4 = 0.95  # weights are expanded in each product; measured with a 7B in DPO
 #: Seconds a layer and micro-batch, measured with a 0.5B on an H100: compiled, of adapters; not compiled, of all weights.
 _LAUNCHES = {True: 5.2e-3, False: 8.2e-3}
 
@@ -222,7 +222,6 @@ class _Run:
     def memory(self, gpu: Gpu, tokens: int, recomputed: int) -> Memory:
         """With a budget of `tokens`."""
         mix, tokens = self.mix, self.mix.largest_micro_batch(tokens)
-        tokens = max(math.ceil(tokens * mix.tokens / mix.budgeted), min(tokens, mix.longest))  # in the stream
         return step_memory(
             self.shape_on(gpu),
             self.config,
@@ -377,7 +376,8 @@ class _Run:
             if config.length_key in update:
                 longest = min(mix.longest, mix.completions * update[config.length_key])
                 most = math.ceil(longest * mix.budgeted / mix.tokens)
-                mix = mix._replace(longest=longest, lengths=tuple(min(length, most) for length in mix.lengths))
+                lengths = tuple((min(budgeted, most), min(tokens, longest)) for budgeted, tokens in mix.lengths)
+                mix = mix._replace(longest=longest, lengths=lengths)
         return _Run(config, mix, self.model_config, self.reference, self.shapes)
 
     @property

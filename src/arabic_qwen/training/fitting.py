@@ -112,22 +112,20 @@ def _largest_budget(measure: Callable[[int], float], limit: float, longest: int)
 def _most_kept(measure: Callable[[int], float], layers: int, limit: float, peak: float) -> tuple[int, float]:
     """Layers that can keep their activations, and the peak with so many; `peak`: with none.
 
-    The first of them costs less than each further one, for a recomputed layer's are in memory for a time too.
+    The first two cost less than each further one: a recomputed layer's are in memory for a time too, and the last layer has
+    no MLP but where a target is predicted.
     """
-    kept, one = 0, measure(1)
-    if one > limit:
-        return kept, peak
-    kept, peak = 1, one
-    if layers == 1 or (two := measure(2)) > limit:
-        return kept, peak
-    kept, peak = 2, two
-    a_layer = max(two - one, 1.0)
-    more = min(layers, 2 + int((limit - two) / a_layer))
-    while more > kept:
-        found = measure(more)
+    kept, trying, too_many, a_layer = 0, 1, layers + 1, 1.0
+    while kept < trying < too_many:
+        found = measure(trying)
+        if found < math.inf:
+            a_layer = max((found - peak) / (trying - kept), 1.0)
         if found <= limit:
-            return more, found
-        more -= math.ceil((found - limit) / a_layer) if found < math.inf else 1
+            kept, peak = trying, found
+        else:
+            too_many = trying
+        trying = kept + 1 if kept < 3 else kept + int((limit - peak) / a_layer)
+        trying = min(trying, too_many - 1)
     return kept, peak
 
 
