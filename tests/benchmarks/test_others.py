@@ -245,7 +245,8 @@ def test_plan_says_what_lengths_ratios_negatives_and_quantisation_change(monkeyp
         speed = tokens / measured["seconds"] * args.steps
         close = 0.07 if "nf4" in name else 0.05
         assert device.tokens_per_s == (None if name == "int8" else pytest.approx(speed, rel=close))
-        close = 0.13 if point.label == "32,768" else 0.07  # there a layer more or less that recomputes is 8 %
+        # There a layer more or less that recomputes is 4 or 8 %, and fitting has learned to keep one more.
+        close = 0.13 if point.label in ("16,384", "32,768") else 0.07
         assert device.parts.total == pytest.approx(1e9 * measured["peak_gb"], rel=close)
 
 

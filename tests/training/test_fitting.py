@@ -21,17 +21,21 @@ from tests.training.test_engine import StopAfter, sft_config
 
 
 class Law:
-    """A step's peak: weights, then the head or the working set of one layer, over what all layers keep."""
+    """A step's peak: weights, then the head or the working set of one layer, over what all layers keep.
 
-    def __init__(self, weights, hidden, saved, working, head, layers, capacity=math.inf):
+    The last, of whose activations all have this `share`, keeps less than the others.
+    """
+
+    def __init__(self, weights, hidden, saved, working, head, layers, share=1.0, capacity=math.inf):
         self.__dict__.update(locals())
         self.calls = []
 
     def __call__(self, tokens, kept):
         self.calls.append((tokens, kept))
-        own = kept * self.saved + (self.layers - kept) * self.hidden
-        at_last_layer = own + (0 if kept else self.saved) + self.working
-        peak = self.weights + tokens * max(own, at_last_layer) + self.head * min(tokens, 900)
+        hidden = (self.layers - kept) * self.hidden
+        own = hidden + (kept - (1 - self.share) * (kept > 0)) * self.saved
+        again = hidden + self.saved + self.working if kept < self.layers else 0  # when what others kept is free
+        peak = self.weights + tokens * max(own, again) + self.head * min(tokens, 900)
         return peak if peak <= self.capacity else math.inf  # out of memory
 
 
@@ -43,6 +47,7 @@ laws = st.builds(
     working=st.integers(0, 10**6),
     head=st.integers(0, 10**6),
     layers=st.integers(1, 80),
+    share=st.sampled_from([1.0, 0.75, 0.5]),
 )
 
 

@@ -115,17 +115,18 @@ def _most_kept(measure: Callable[[int], float], layers: int, limit: float, peak:
     The first two cost less than each further one: a recomputed layer's are in memory for a time too, and the last layer has
     no MLP but where a target is predicted.
     """
-    kept, trying, too_many, a_layer = 0, 1, layers + 1, 1.0
+    kept, trying, too_many = 0, 1, layers + 1
     while kept < trying < too_many:
         found = measure(trying)
-        if found < math.inf:
-            a_layer = max((found - peak) / (trying - kept), 1.0)
+        if found == math.inf:
+            too_many, trying = trying, (kept + trying) // 2
+            continue
+        a_layer = max((found - peak) / (trying - kept), 1.0)
         if found <= limit:
             kept, peak = trying, found
         else:
             too_many = trying
-        trying = kept + 1 if kept < 3 else kept + int((limit - peak) / a_layer)
-        trying = min(trying, too_many - 1)
+        trying = min(kept + (1 if kept < 3 else int((limit - peak) / a_layer)), too_many - 1)
     return kept, peak
 
 
