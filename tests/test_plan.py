@@ -504,7 +504,8 @@ def test_no_speed_of_tiny_models(model_dir):
 
 
 def test_what_training_would_refuse_does_not_fit(seven):
-    devices = on(estimate.plan(pairs(seven, base_precision="fp8"), ["3060", "A100", "4090"]))
+    plan = estimate.plan(pairs(seven, base_precision="fp8"), ["3060", "A100", "4090"])
+    devices = on(plan)
     assert devices["RTX 4090"].fits and not devices["RTX 4090"].refusal
     for name, capability in {"RTX 3060": "8.6", "A100 80GB": "8.0"}.items():
         found = devices[name]
@@ -515,6 +516,7 @@ def test_what_training_would_refuse_does_not_fit(seven):
         assert (found.fits, found.tokens_per_s, found.seconds) == (False, None, None)
     assert not devices["A100 80GB"].changes
     assert [change.setting for change in devices["RTX 3060"].changes] == ["load_in_4bit=true base_precision=null"]
+    assert "to fit into the memory of RTX 3060, in this order:" in list(tables.tables(plan))
 
 
 @pytest.mark.parametrize(
@@ -536,6 +538,20 @@ def test_this_processor_refuses_as_training_does(model_dir, monkeypatch, capsys,
     _, text, _ = in_process(monkeypatch, capsys, "plan", "sft.yaml", "--gpu", "H100", "--json")
     here, there = json.loads(text)["devices"]
     assert not here["fits"] and here["refusal"].startswith(reason) and there["fits"]
+
+
+@pytest.mark.parametrize(
+    "values, advised",
+    [
+        ({"load_in_8bit": True}, "load_in_4bit=true load_in_8bit=false"),
+        ({"load_in_4bit": True, "use_dora": True}, "use_dora=false"),
+    ],
+)
+def test_what_takes_less_than_int8_and_dora(seven, monkeypatch, values, advised):
+    monkeypatch.setitem(gpus.GPUS, "small", gpus.Gpu(10e9, 1e14, 1e12, (9, 0)))
+    config = pairs(seven, gradient_checkpointing=True, max_length=2048, **values)
+    changes = on(estimate.plan(config, ["small"]))["small"].changes
+    assert [(change.setting, change.fits) for change in changes] == [(advised, True)]
 
 
 @pytest.mark.parametrize(

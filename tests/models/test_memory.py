@@ -128,6 +128,17 @@ def test_dora_keeps_its_weights_in_the_precision_of_computation():
     assert model_shape(SEVEN, lora(use_dora=True), torch.bfloat16).kept_always < 0.01 * shape.kept_always
 
 
+def test_dora_takes_as_much_as_the_widest_layer_that_it_adapts():
+    values = {"tokens": 1024, "recomputed": 28}
+    everywhere, attention, none = (
+        peak(lora(use_dora=True, **update), **values).head
+        for update in ({}, {"lora_target_modules": ["q_proj"]}, {"use_lora": False})
+    )
+    assert everywhere > 6 * 18944**2 > 6 * 3584**2
+    assert attention < 1.2e9
+    assert none == peak(lora(use_lora=False), **values).head
+
+
 def test_each_saving_saves():
     frozen = peak(lora())
     assert peak(lora(load_in_4bit=True)).weights == pytest.approx(5.6e9 + 4 * 40.4e6, rel=0.02)

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from arabic_qwen.data.packing import Completion, Group
@@ -52,6 +52,7 @@ laws = st.builds(
 
 
 @given(law=laws, limit=st.integers(10**6, 10**11), slack=st.floats(1, 1.2), longest=st.integers(1, 40_000))
+@example(law=Law(0, hidden=1, saved=10_000, working=77_030, head=0, layers=17), limit=1_511_217, slack=1.125, longest=1)
 def test_never_more_than_the_limit_and_what_is_there_is_used(law, limit, slack, longest):
     law.capacity = limit * slack
     found = fitting.choose(law, layers=law.layers, limit=limit, longest=longest)

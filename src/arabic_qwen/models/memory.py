@@ -58,6 +58,7 @@ class ModelShape(NamedTuple):
     linear: int  # parameters of the layers' linear weights
     others: int  # all other parameters; a head that is tied to the embedding counts once
     adapters: int  # parameters; 0 without LoRA
+    widest: int  # inputs of the widest layer that has an adapter
     moments: float  # bytes of the optimizer's, for what is trained
     kept: float  # bytes a token that a layer keeps for its backward pass, not compiled
     kept_attention: float  # of these, what is before the MLP
@@ -125,17 +126,17 @@ def model_shape(model_config: PreTrainedConfig, config: BaseConfig, dtype: torch
         linear=layers * linear,
         others=layers * (a_layer - linear) + outside,
         adapters=layers * adapters,
+        widest=max((one.in_features for one in _adapted(layer)), default=0),
         moments=moment_bytes(model, eight_bit) + (layers - 1) * of_layer,
-        kept=kept - masks * _adapted_inputs(layer),
-        kept_attention=kept_attention - masks * _adapted_inputs(layer.self_attn),
+        kept=kept - masks * sum(one.in_features for one in _adapted(layer)),
+        kept_attention=kept_attention - masks * sum(one.in_features for one in _adapted(layer.self_attn)),
         kept_plain=kept_plain,
-        kept_always=always if config.use_dora else 0.0,
+        kept_always=always if config.use_dora and config.use_lora else 0.0,
     )
 
 
-def _adapted_inputs(module: torch.nn.Module) -> int:
-    adapted: list[Any] = [one for one in module.modules() if isinstance(one, LoraLayer)]
-    return sum(one.in_features for one in adapted)
+def _adapted(module: torch.nn.Module) -> list[Any]:
+    return [one for one in module.modules() if isinstance(one, LoraLayer)]
 
 
 def _kept_a_token(
@@ -232,9 +233,9 @@ def step_memory(
     head = min(chunk, _HEAD_BYTES * targets * shape.vocabulary) + 2 * targets * shape.hidden * size
     if not config.use_lora:
         head += 4 * shape.vocabulary * shape.hidden  # its weight's gradient
-    expanded = _expanded(shape, config, compiled)
+    expanded = _expanded(shape, config, size, compiled)
     gradients = 2 * wide + 2 * hidden  # in the widest part of a layer, less what they free
-    again = a_layer + wide + 3 * hidden + expanded + _rounded(config, compiled) * tokens * shape.intermediate
+    again = a_layer + wide + 3 * hidden + expanded + tokens * _rounded(shape, config, compiled)
     peak = max(
         kept + head,
         kept + gradients * targets / tokens + expanded,  # the last layer's
@@ -250,17 +251,23 @@ def step_memory(
     )
 
 
-def _expanded(shape: ModelShape, config: BaseConfig, compiled: bool) -> float:
-    """Bytes of the largest weight where its product needs it in another form."""
-    if config.use_dora:  # the adapter's product with an identity matrix, in float32 and rounded
-        return 6.0 * shape.intermediate**2 + 2 * shape.intermediate * shape.hidden
-    copies = 2 if config.load_in_4bit and compiled else 1  # two products at once
-    return 2.0 * copies * shape.intermediate * shape.hidden if config.load_in_4bit or config.load_in_8bit else 0.0
+def _expanded(shape: ModelShape, config: BaseConfig, size: int, compiled: bool) -> float:
+    """Bytes of the largest weight where its product needs it in another form, `size` bytes a parameter."""
+    if config.use_dora and config.use_lora:  # and the identity matrix that PEFT multiplies adapters by, as float32 too
+        return (4.0 + size) * shape.widest**2 + size * shape.widest * shape.hidden
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return 0.0
+    at_once = 2 if config.load_in_4bit and compiled else 1
+    return float(at_once * size * shape.intermediate * shape.hidden)
 
 
-def _rounded(config: BaseConfig, compiled: bool) -> int:
-    """Bytes an element of an input that is rounded for its product, beside what the layer keeps."""
+def _rounded(shape: ModelShape, config: BaseConfig, compiled: bool) -> int:
+    """Bytes a token of copies in which an input is rounded, less what the layer does not keep yet: by peaks on an H100.
+
+    They are float16, its magnitude and int8; with FP8, and with DoRA, float32 twice.
+    """
+    if config.use_dora and config.use_lora:
+        return 5 * shape.widest
     if config.load_in_8bit:
-        return 3  # float16, its magnitude, that without what is too large, int8
-    eager_fp8 = config.base_precision == "fp8" and not compiled
-    return 5 if config.use_dora or eager_fp8 else 0  # float32, twice
+        return 3 * shape.intermediate
+    return 5 * shape.intermediate if config.base_precision == "fp8" and not compiled else 0

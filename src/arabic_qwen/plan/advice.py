@@ -39,8 +39,10 @@ def remedies(config: BaseConfig, mix: Mix, on_gpu: bool) -> list[dict[str, Any]]
     new_adapters = not is_adapter(config.model_name)
     if config.lora_r > 8 and new_adapters:
         found.append({"lora_r": 8})
-    if not config.load_in_8bit:
-        found.append({"load_in_4bit": True} | ({"base_precision": None} if config.base_precision else {}))
+    if config.use_dora and new_adapters:
+        found.append({"use_dora": False})
+    others = {"load_in_8bit": False, "base_precision": None}
+    found.append({"load_in_4bit": True} | {key: value for key, value in others.items() if getattr(config, key)})
     if config.lora_target_modules == "all-linear" and new_adapters:
         found.append({"lora_target_modules": type(config).model_fields["lora_target_modules"].default})
     length = config.length_key

@@ -45,7 +45,10 @@ class Mix(NamedTuple):
     lengths: tuple[tuple[int, int], ...] = ()
 
     def largest_micro_batch(self, token_budget: int) -> int:
-        """Tokens in the stream of the largest one under this budget, by the order of the file."""
+        """Tokens in the stream of the largest one under this budget; a longer example stands alone.
+
+        By the order of the file; where lengths are not known, as if one filled the budget.
+        """
         if not self.lengths:
             tokens = min(token_budget, self.step)
             return max(math.ceil(tokens * self.tokens / self.budgeted), min(tokens, self.longest))

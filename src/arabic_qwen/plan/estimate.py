@@ -187,6 +187,7 @@ class _Run:
             config.lora_r,
             str(config.lora_target_modules),
             config.use_lora,
+            config.use_dora,
             config.optim,
             config.base_precision,
             dtype,

@@ -119,7 +119,7 @@ def _changes(device: Estimate) -> Iterator[str]:
     if not device.changes:
         yield f"to fit on {device.name}: a smaller model; no setting makes enough of a difference"
         return
-    yield f"to fit on {device.name}, in this order:"
+    yield f"to fit {'into the memory of' if device.refusal else 'on'} {device.name}, in this order:"
     width = max(len(change.setting) for change in device.changes)
     for change in device.changes:
         saved, least = f"{change.saved / 1e9:.1f}", f"{change.least / 1e9:.1f}"

@@ -126,7 +126,7 @@ def _most_kept(measure: Callable[[int], float], layers: int, limit: float, peak:
             kept, peak = trying, found
         else:
             too_many = trying
-        trying = min(kept + (1 if kept < 3 else int((limit - peak) / a_layer)), too_many - 1)
+        trying = min(kept + (1 if kept < 3 else max(int((limit - peak) / a_layer), 1)), too_many - 1)
     return kept, peak
 
 
