@@ -58,7 +58,7 @@ class ModelShape(NamedTuple):
     linear: int  # parameters of the layers' linear weights
     others: int  # all other parameters; a head that is tied to the embedding counts once
     adapters: int  # parameters; 0 without LoRA
-    widest: int  # inputs of the widest layer that has an adapter
+    widest: int  # inputs of the widest layer that has an adapter; 0 without LoRA
     moments: float  # bytes of the optimizer's, for what is trained
     kept: float  # bytes a token that a layer keeps for its backward pass, not compiled
     kept_attention: float  # of these, what is before the MLP
@@ -111,14 +111,16 @@ def model_shape(model_config: PreTrainedConfig, config: BaseConfig, dtype: torch
         of_layer = moment_bytes(layer, eight_bit)
     layers, heads = model_config.num_hidden_layers, model_config.num_attention_heads
     size = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
-    kept, always = _kept_a_token(model.train(), one, dtype, size)
-    kept_attention, _ = _kept_a_token(model, one, dtype, size, mlp=False)
-    kept_plain, _ = _kept_a_token(model.eval(), one, dtype, size)
+    width = model_config.hidden_size
+    set_packed_forward(layer, last_layer)
+    kept, always = _kept_a_token(layer.train(), width, dtype, size)
+    kept_attention, _ = _kept_a_token(layer, width, dtype, size, mlp=False)
+    kept_plain, _ = _kept_a_token(layer.eval(), width, dtype, size)
     # A processor keeps dropout's masks in the precision of its input, which is float32 with DoRA; a GPU keeps bytes.
     masks = ((4 if config.use_dora else dtype.itemsize) - 1) * bool(config.lora_dropout)
     return ModelShape(
         layers=layers,
-        hidden=model_config.hidden_size,
+        hidden=width,
         intermediate=model_config.intermediate_size,
         vocabulary=model_config.vocab_size,
         attention=heads * size,
@@ -140,12 +142,10 @@ def _adapted(module: torch.nn.Module) -> list[Any]:
 
 
 def _kept_a_token(
-    model: Any, model_config: Any, dtype: torch.dtype, head_size: int, *, mlp: bool = True
+    layer: Any, width: int, dtype: torch.dtype, head_size: int, *, mlp: bool = True
 ) -> tuple[float, float]:
     """Bytes that one layer keeps for each token, and for none; with its MLP or without."""
-    (layer,) = decoder_layers(model)
-    set_packed_forward(layer, last_layer)
-    less, more = (_kept(layer, model_config.hidden_size, dtype, head_size, tokens, mlp) for tokens in (128, 256))
+    less, more = (_kept(layer, width, dtype, head_size, tokens, mlp) for tokens in (128, 256))
     return (more - less) / 128, 2 * less - more
 
 
@@ -253,7 +253,7 @@ def step_memory(
 
 def _expanded(shape: ModelShape, config: BaseConfig, size: int, compiled: bool) -> float:
     """Bytes of the largest weight where its product needs it in another form, `size` bytes a parameter."""
-    if config.use_dora and config.use_lora:  # and the identity matrix that PEFT multiplies adapters by, as float32 too
+    if config.use_dora:  # and the identity matrix that PEFT multiplies adapters by, as float32 too
         return (4.0 + size) * shape.widest**2 + size * shape.widest * shape.hidden
     if not (config.load_in_4bit or config.load_in_8bit):
         return 0.0
@@ -266,7 +266,7 @@ def _rounded(shape: ModelShape, config: BaseConfig, compiled: bool) -> int:
 
     They are float16, its magnitude and int8; with FP8, and with DoRA, float32 twice.
     """
-    if config.use_dora and config.use_lora:
+    if config.use_dora:
         return 5 * shape.widest
     if config.load_in_8bit:
         return 3 * shape.intermediate
