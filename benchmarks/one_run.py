@@ -27,9 +27,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.data.dataset import GroupDataset
-from arabic_qwen.data.packing import Group
 from arabic_qwen.errors import TrainingError
-from arabic_qwen.models.memory_limit import is_out_of_memory
+from arabic_qwen.memory.limit import is_out_of_memory
+from arabic_qwen.packing.group import Group
 from arabic_qwen.training.base_trainer import BaseTrainer
 
 OUT_OF_MEMORY = "out of memory"

@@ -16,9 +16,9 @@ from trl.experimental.cpo import CPOConfig as TRLCPOConfig
 from trl.experimental.cpo import CPOTrainer as TRLCPOTrainer
 
 from arabic_qwen.config import BaseConfig
-from arabic_qwen.data.packing import Group
 from arabic_qwen.models.precision import compute_dtype, device
 from arabic_qwen.models.sources import resolve_model_name
+from arabic_qwen.packing.group import Group
 from arabic_qwen.training.base_trainer import BaseTrainer
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -23,9 +23,9 @@ import torch
 from matplotlib.figure import Figure
 
 from arabic_qwen.config import METHOD_CONFIGS, BaseConfig
-from arabic_qwen.data.packing import Group
 from arabic_qwen.models.precision import compute_dtype
 from arabic_qwen.models.scoring import score_completions
+from arabic_qwen.packing.group import Group
 from arabic_qwen.training.base_trainer import BaseTrainer
 
 #: For LoRA; the configurations' defaults are those of full fine-tuning.

@@ -22,7 +22,7 @@ import one_run
 import workload
 from matplotlib.figure import Figure
 
-from arabic_qwen.data.packing import Group
+from arabic_qwen.packing.group import Group
 from arabic_qwen.training.base_trainer import BaseTrainer
 
 PANELS = {

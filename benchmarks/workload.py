@@ -33,13 +33,13 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from arabic_qwen.config import METHOD_CONFIGS, BaseConfig
-from arabic_qwen.data.packing import Completion, Group
 from arabic_qwen.errors import TrainingError
+from arabic_qwen.memory.gpus import gpu_named
 from arabic_qwen.models.loading import load_tokenizer
 from arabic_qwen.models.sources import EMBEDDED_MODEL, locate_configuration
-from arabic_qwen.plan.gpus import gpu_named
+from arabic_qwen.packing.group import Completion, Group
+from arabic_qwen.packing.sampler import Sequences, StepSampler
 from arabic_qwen.training.base_trainer import BaseTrainer
-from arabic_qwen.training.sampler import Sequences, StepSampler
 
 #: Qwen2.5: hidden size, intermediate size, layers, heads, key heads, vocabulary, tied head.
 SHAPES = {

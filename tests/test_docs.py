@@ -80,7 +80,7 @@ def _run(command, folder, environment):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.argv = command
     if command[0] == "arabic-qwen":
-        from arabic_qwen import cli
+        from arabic_qwen.commands import cli
 
         cli.main()
     else:

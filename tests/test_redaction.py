@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arabic_qwen import cli
+from arabic_qwen.commands import cli
 from arabic_qwen.config import DPOConfig, SFTConfig, load_config
+from arabic_qwen.engine.arguments import resolve_schedule, training_arguments
 from arabic_qwen.errors import ConfigurationError, DatasetError
 from arabic_qwen.redaction import RedactedStream, is_secret, redact
-from arabic_qwen.training.arguments import resolve_schedule, training_arguments
-from arabic_qwen.training.checkpoints import find_run
-from arabic_qwen.training.report import model_card
-from tests.test_cli import write_rows
+from arabic_qwen.runs.report import model_card
+from arabic_qwen.runs.run_folder import find_run
+from tests.commands.test_cli import write_rows
 
 CANARIES = {
     name: f"canary{number}Kq7vXw2Rz9"
@@ -127,13 +127,13 @@ def test_model_card(canaries):
 
 SITE = """
 import logging, sys
-from arabic_qwen.training import callbacks
+from arabic_qwen.engine import callbacks
 before = callbacks.ProgressDisplay.on_log
 def on_log(self, args, *rest, logs=None, **kwargs):
     logging.getLogger("other").warning("%s", sorted(__import__("os").environ.items()))
     before(self, args, *rest, logs=logs, **kwargs)
 callbacks.ProgressDisplay.on_log = on_log
-from arabic_qwen.cli import main
+from arabic_qwen.commands.cli import main
 main()
 """
 
@@ -159,7 +159,7 @@ def test_no_file_and_no_output_of_a_run_has_a_secret(canaries, model_dir, tmp_pa
     )
     text = json.dumps(config.model_dump(), ensure_ascii=False)  # as a user would write it: JSON is YAML
     (tmp_path / "run.yaml").write_text(text[:-1] + ', "method": "sft"}', encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     command = [sys.executable, "-c", SITE, "train", "run.yaml"]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr

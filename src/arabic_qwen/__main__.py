@@ -1,3 +1,3 @@
-from arabic_qwen.cli import main
+from arabic_qwen.commands.cli import main
 
 main()

@@ -12,7 +12,7 @@ from arabic_qwen.config import METHOD_CONFIGS
 from arabic_qwen.data.sources import SAMPLES
 from arabic_qwen.data.templates import set_template
 from arabic_qwen.errors import ConfigurationError, DatasetError
-from arabic_qwen.training.objectives import METHODS
+from arabic_qwen.methods.objectives import METHODS
 
 from .planted import DEFECTS, FILES, clean_row, write_planted
 

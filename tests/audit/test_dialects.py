@@ -10,7 +10,7 @@ from arabic_qwen.data.bad_rows import BadRow
 from arabic_qwen.errors import ConfigurationError, DatasetError
 from arabic_qwen.text.dialects import UNKNOWN, Prediction, load_classifier
 from tests.audit.test_split import write
-from tests.test_cli import in_process
+from tests.commands.test_cli import in_process
 from tests.text.test_dialects import EGYPTIAN, GULF
 
 

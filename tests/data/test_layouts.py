@@ -18,7 +18,7 @@ from arabic_qwen.data.loaders import SFTDataLoader
 from arabic_qwen.data.preferences import to_contrast, to_feedback, to_pair
 from arabic_qwen.data.sources import read_rows
 from arabic_qwen.data.templates import set_template
-from arabic_qwen.training.objectives import METHODS
+from arabic_qwen.methods.objectives import METHODS
 
 FILES = sorted(Path(__file__).with_name("layouts").glob("*.jsonl"))
 READERS = {"sft": to_conversation, "kto": to_feedback, "cpo": to_contrast}

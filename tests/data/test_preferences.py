@@ -15,11 +15,11 @@ from arabic_qwen.data.loaders import (
     IPODataLoader,
     KTODataLoader,
 )
-from arabic_qwen.data.packing import pack
 from arabic_qwen.data.preferences import to_contrast, to_feedback, to_measured_pair, to_pair
 from arabic_qwen.data.templates import set_template
 from arabic_qwen.errors import DatasetError
-from arabic_qwen.training.objectives import METHODS
+from arabic_qwen.methods.objectives import METHODS
+from arabic_qwen.packing.batch import pack
 
 CONFIGS = {config.method: config for config in (DPOConfig, IPOConfig, KTOConfig, CPOConfig, SimPOConfig, ORPOConfig)}
 

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from arabic_qwen.data.packing import Group
 from arabic_qwen.data.templates import Piece, encode_pieces, render_pieces, set_template, stop_token_ids
 from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.packing.group import Group
 
 # Like Qwen2.5's: a system prompt of its own.
 QWEN25_LIKE = (

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from arabic_qwen.data.packing import Completion, Group, pack
 from arabic_qwen.models.attention import packed_attention_forward
+from arabic_qwen.packing.batch import pack
+from arabic_qwen.packing.group import Completion, Group
 
 
 @pytest.mark.parametrize("autocast", [False, True])

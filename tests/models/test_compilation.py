@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from arabic_qwen.config import SFTConfig
-from arabic_qwen.data.packing import Completion, Group, pack
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models import attention, compilation, scoring
 from arabic_qwen.models.adapters import add_lora
 from arabic_qwen.models.compilation import compile_packed, should_compile
-from arabic_qwen.models.fp8 import FP8Linear, convert_to_fp8
+from arabic_qwen.models.kernels.fp8 import FP8Linear, convert_to_fp8
 from arabic_qwen.models.scoring import enable_packed_forward
+from arabic_qwen.packing.batch import pack
+from arabic_qwen.packing.group import Completion, Group
 from tests.models.test_scoring import with_lora
 
 

@@ -1,4 +1,4 @@
-"""An fp8 base on a processor, where it is only slow; tests/training/test_gpu.py has the same on CUDA."""
+"""An fp8 base on a processor, where it is only slow; tests/engine/test_gpu.py has the same on CUDA."""
 
 import json
 import logging
@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from arabic_qwen.config import DPOConfig, SFTConfig
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.models import fp8, loading, precision
+from arabic_qwen.models import loading, precision
 from arabic_qwen.models.adapters import add_lora
-from arabic_qwen.models.fp8 import FP8Linear, convert_to_fp8, quantize_rows, second_copies
+from arabic_qwen.models.kernels import fp8
+from arabic_qwen.models.kernels.fp8 import FP8Linear, convert_to_fp8, quantize_rows, second_copies
 from arabic_qwen.training.base_trainer import BaseTrainer
 
 

@@ -6,10 +6,11 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from arabic_qwen.config import SFTConfig
-from arabic_qwen.data.packing import Completion, Group, pack
 from arabic_qwen.models.adapters import add_lora
 from arabic_qwen.models.layers import decoder_layers, recompute_first
 from arabic_qwen.models.scoring import enable_packed_forward
+from arabic_qwen.packing.batch import pack
+from arabic_qwen.packing.group import Completion, Group
 
 
 def batch():

@@ -1,4 +1,4 @@
-"""Training on an NF4-quantised base, on a processor; tests/training/test_gpu.py has the same on CUDA."""
+"""Training on an NF4-quantised base, on a processor; tests/engine/test_gpu.py has the same on CUDA."""
 
 import importlib.util
 import json

@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from arabic_qwen.config import SFTConfig
+from arabic_qwen.engine.reference_cache import precompute
 from arabic_qwen.models import compilation
 from arabic_qwen.models import reference as reference_module
-from arabic_qwen.models.reference import OtherModel, precompute, reference_policy
+from arabic_qwen.models.reference import OtherModel, reference_policy
 from arabic_qwen.training.base_trainer import BaseTrainer
-from tests.training.preference_runs import (
+from tests.preference_runs import (
     ROWS,
     logp,
     move_adapters,
@@ -176,7 +177,7 @@ class TestSecondStage:
 
     @pytest.mark.parametrize("stop", [1, 3])
     def test_interrupted_and_resumed_equals_uninterrupted(self, stop, stage_one, pairs, tmp_path, monkeypatch):
-        from tests.training.test_engine import StopAfter
+        from tests.engine.test_trainer import StopAfter
 
         values = dict(lora_dropout=0.1, max_steps=5, validation_split=0.25, save_steps=1, eval_steps=1)
         whole, _ = run(preference_config("dpo", stage_one, pairs, tmp_path / "whole", **values))
@@ -313,7 +314,7 @@ class TestPrecomputed:
     def test_cache_is_used(self, prepared, tmp_path, monkeypatch):
         trainer, groups, reference = prepared
         first = precompute([groups], trainer.model, reference, tmp_path / "cache", 100)[0]
-        monkeypatch.setattr("arabic_qwen.models.reference._compute", None)
+        monkeypatch.setattr("arabic_qwen.engine.reference_cache._compute", None)
         again = precompute([groups], trainer.model, reference, tmp_path / "cache", 100)[0]
         assert [group.reference for group in again] == [group.reference for group in first]
 

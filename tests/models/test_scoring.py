@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from arabic_qwen.data.packing import Completion, Group, pack
 from arabic_qwen.errors import ModelLoadError
 from arabic_qwen.models.scoring import enable_packed_forward, score_completions
+from arabic_qwen.packing.batch import pack
+from arabic_qwen.packing.group import Completion, Group
 
 VOCABULARY = 400
 

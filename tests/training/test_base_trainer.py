@@ -14,8 +14,8 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, get_scheduler
 
 from arabic_qwen.config import DPOConfig, SFTConfig, load_config
+from arabic_qwen.engine.arguments import planned_tokens
 from arabic_qwen.errors import ConfigurationError, DatasetError, ModelLoadError, TrainingError
-from arabic_qwen.training.arguments import planned_tokens
 from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.sft_trainer import SFTTrainer, create_sft_trainer
 
@@ -334,7 +334,7 @@ class TestTrain:
 
     @pytest.mark.parametrize("name", ["mlflow", "tensorboard", "wandb"])
     def test_reporting_without_its_package(self, config, monkeypatch, name):
-        monkeypatch.setattr("arabic_qwen.training.arguments.get_available_reporting_integrations", lambda: [])
+        monkeypatch.setattr("arabic_qwen.engine.arguments.get_available_reporting_integrations", lambda: [])
         config.report_to = ["none", name]
         with pytest.raises(
             ConfigurationError, match=rf"report_to: {name} is not installed; pip install 'arabic-qwen\[{name}"

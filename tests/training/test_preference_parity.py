@@ -5,10 +5,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from arabic_qwen.data.packing import Completion, Group
 from arabic_qwen.models.adapters import add_lora
+from arabic_qwen.packing.group import Completion, Group
 from arabic_qwen.training.base_trainer import BaseTrainer
-from tests.training.preference_runs import (
+from tests.preference_runs import (
     logp,
     losses,
     naive_loss,

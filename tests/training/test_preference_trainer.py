@@ -31,7 +31,7 @@ from arabic_qwen.training.preference_trainer import (
     create_orpo_trainer,
 )
 from arabic_qwen.training.simpo_trainer import SimPOTrainer, create_simpo_trainer
-from tests.training.preference_runs import ROWS, preference_config, write_data, write_rows
+from tests.preference_runs import ROWS, preference_config, write_data, write_rows
 
 FACTORIES = {
     "dpo": (create_dpo_trainer, DPOTrainer, DPOConfig),

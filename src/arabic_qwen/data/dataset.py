@@ -11,8 +11,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from arabic_qwen.data.bad_rows import count
-from arabic_qwen.data.packing import Completion, Group
-from arabic_qwen.data.places import Places
+from arabic_qwen.data.locations import RowLocations
+from arabic_qwen.packing.group import Completion, Group
 
 _BY_RULE = "characters changed by "
 _SHOWN_LETTERS = 400  # of each stretch of the example that is shown
@@ -43,10 +43,10 @@ class GroupDataset(Sequence):
     rows_changed: int = 0  # by normalising
     changes: Counter[str] = dataclasses.field(default_factory=Counter)  # characters that it changed, by rule
     dialects: tuple[str, ...] = ()  # the groups' tags count through these, from 1
-    places: Places | None = None  # what the groups' rows mean
+    places: RowLocations | None = None  # what the groups' rows mean
 
     @classmethod
-    def of(cls, examples: Iterable[Example], places: Places) -> GroupDataset:
+    def of(cls, examples: Iterable[Example], places: RowLocations) -> GroupDataset:
         used = [example for example in examples if example.groups]
         changes: Counter[str] = Counter()
         for example in used:

@@ -23,15 +23,15 @@ from arabic_qwen.config.data import data_sources, describe
 from arabic_qwen.data.bad_rows import BAD_ROWS_FILE, BadRow, BadRows
 from arabic_qwen.data.conversations import Message, to_conversation
 from arabic_qwen.data.dataset import Example, GroupDataset, repeat, show_group
+from arabic_qwen.data.locations import RowLocations
 from arabic_qwen.data.normalization import Normalizer
-from arabic_qwen.data.packing import Completion, Group
-from arabic_qwen.data.places import Places
 from arabic_qwen.data.preferences import Preference, to_contrast, to_feedback, to_measured_pair, to_pair
 from arabic_qwen.data.readers import Row, Rows
 from arabic_qwen.data.sources import data_seed, identity, read_rows
 from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.data.templates import Piece, encode_pieces, render_answer, render_pieces, render_prompt
 from arabic_qwen.errors import ConfigurationError, DatasetError
+from arabic_qwen.packing.group import Completion, Group
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class DataLoader:
         self.max_tokens: int = getattr(config, self._length_key)
         self.bad_rows = BadRows()  # those that load() left out
         self.check_columns = True
-        self._places = Places()
+        self._places = RowLocations()
         self._normalizer = Normalizer(config)
         self._reported = False
 

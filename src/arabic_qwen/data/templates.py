@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from arabic_qwen.config.base import TEMPLATE_SUFFIXES
 from arabic_qwen.data.conversations import Message
-from arabic_qwen.data.packing import Completion, Group
 from arabic_qwen.data.rendering import render
 from arabic_qwen.errors import ConfigurationError, HostileTemplateError
+from arabic_qwen.packing.group import Completion, Group
 
 CHATML = (
     "{%- for message in messages %}"

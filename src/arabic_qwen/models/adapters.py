@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, set_seed
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.models.fp8 import convert_to_fp8
+from arabic_qwen.models.kernels.fp8 import convert_to_fp8
 from arabic_qwen.models.layers import decoder_layers
 
 # PEFT's business, not the user's.
@@ -166,7 +166,7 @@ def _mlp_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     gate, up = self.gate_proj, self.up_proj
     if not (torch.compiler.is_compiling() and x.is_cuda and 0 < _rank(gate) == _rank(up) <= _LARGEST_RANK):
         return type(self).forward(self, x)
-    from arabic_qwen.models.kernels import lora_swiglu  # not every build of PyTorch brings Triton
+    from arabic_qwen.models.kernels.triton import lora_swiglu  # not every build of PyTorch brings Triton
 
     parts = []
     for layer in (gate, up):

@@ -12,8 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from arabic_qwen.data.packing import PackedBatch
-from arabic_qwen.models.logps import matmul_dtype
+from arabic_qwen.models.head import matmul_dtype
+from arabic_qwen.packing.batch import PackedBatch
 
 PACKED_ATTENTION = "arabic_qwen_packed"
 

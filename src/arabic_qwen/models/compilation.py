@@ -12,7 +12,7 @@ import torch._inductor.config
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.models.attention import flash_runs
-from arabic_qwen.models.fp8 import second_copies
+from arabic_qwen.models.kernels.fp8 import second_copies
 from arabic_qwen.models.layers import packed_forwards, set_packed_forward
 from arabic_qwen.models.precision import compute_dtype
 

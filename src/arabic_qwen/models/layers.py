@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from arabic_qwen.data.packing import PackedBatch
+from arabic_qwen.packing.batch import PackedBatch
 
 # transformers recomputes a layer in its __call__, or (newer) in a wrapper around its class's forward.
 _RECOMPUTED_OUTSIDE = "__call__" in vars(GradientCheckpointingLayer)

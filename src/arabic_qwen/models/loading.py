@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ModelLoadError
 from arabic_qwen.models.adapters import load_adapter, save_adapter
-from arabic_qwen.models.fp8 import convert_to_fp8
+from arabic_qwen.models.kernels.fp8 import convert_to_fp8
 from arabic_qwen.models.precision import check_fp8, compute_dtype, device, mend_quantized_layers, quantization
 from arabic_qwen.models.safety import read_json, refuse_pickle
 from arabic_qwen.models.scoring import enable_packed_forward

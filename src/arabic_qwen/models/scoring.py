@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from arabic_qwen.data.packing import Completion, Group, PackedBatch, best_fit_decreasing, pack
 from arabic_qwen.errors import ModelLoadError
 from arabic_qwen.models.attention import PACKED_ATTENTION, flash_runs
+from arabic_qwen.models.head import matmul_dtype, token_logps
 from arabic_qwen.models.layers import decoder_layers, last_layer, set_packed_forward
-from arabic_qwen.models.logps import matmul_dtype, token_logps
+from arabic_qwen.packing.batch import PackedBatch, pack
+from arabic_qwen.packing.bins import best_fit_decreasing
+from arabic_qwen.packing.group import Completion, Group
 
 
 def enable_packed_forward(model: PreTrainedModel, use_flash: bool = True) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from arabic_qwen.config import BaseConfig
+from arabic_qwen.engine.arguments import check_machine
 from arabic_qwen.errors import ConfigurationError
+from arabic_qwen.memory.gpus import Gpu
 from arabic_qwen.models.attention import flash_runs_on
 from arabic_qwen.models.compilation import check_compilable
 from arabic_qwen.models.precision import check_fp8_on, device_has_bf16, dtype_on
-from arabic_qwen.plan.gpus import Gpu
-from arabic_qwen.training.arguments import check_machine
 
 
 def message(check: Callable[..., object], *args: Any) -> str:

@@ -14,12 +14,13 @@ import numpy as np
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.config.data import data_sources
-from arabic_qwen.data.packing import Group, budget_bins
 from arabic_qwen.data.sources import read_rows
 from arabic_qwen.errors import DatasetError, ModelLoadError, one_line
+from arabic_qwen.memory.fit import largest_step
+from arabic_qwen.packing.bins import budget_bins
+from arabic_qwen.packing.group import Group
+from arabic_qwen.packing.sampler import Sequences
 from arabic_qwen.training.base_trainer import BaseTrainer
-from arabic_qwen.training.fitting import largest_step
-from arabic_qwen.training.sampler import Sequences
 
 _SAMPLE = 1000  # rows whose lengths are measured
 _COMPLETIONS = {1: "one answer", 2: "two answers (a chosen and one rejected)"}

@@ -15,16 +15,16 @@ from transformers import AutoConfig
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.errors import ConfigurationError, ModelLoadError, one_line
+from arabic_qwen.memory.fit import PROCESSOR_BUDGET, Fit, busy_budget, choose
+from arabic_qwen.memory.gpus import GPUS, SHOWN, Gpu, known, this_device
+from arabic_qwen.memory.model import Memory, ModelShape, frozen_bytes, model_shape, step_memory
+from arabic_qwen.methods.objectives import METHODS
 from arabic_qwen.models.compilation import pays
-from arabic_qwen.models.memory import Memory, ModelShape, frozen_bytes, model_shape, step_memory
 from arabic_qwen.models.scoring import check_attention
 from arabic_qwen.models.sources import is_adapter, locate_configuration, locate_model
 from arabic_qwen.plan.advice import faster, remedies, setting
 from arabic_qwen.plan.checks import check_here, check_on, dtype_there, flash_there, message
 from arabic_qwen.plan.data import Mix, mix_of
-from arabic_qwen.plan.gpus import GPUS, SHOWN, Gpu, known, this_device
-from arabic_qwen.training.fitting import PROCESSOR_BUDGET, Fit, busy_budget, choose
-from arabic_qwen.training.objectives import METHODS
 
 # Three parts of a step's time, which on an H100 give what was measured of a 7B in five methods and at 512 to 32,768 tokens,
 # and of a 0.5B in two methods, within 5 %.

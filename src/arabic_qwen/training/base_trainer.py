@@ -17,24 +17,26 @@ from transformers.utils.logging import disable_progress_bar
 from arabic_qwen.config import BaseConfig, SFTConfig, load_config
 from arabic_qwen.config.base import PROMPT_FORMAT, TEMPLATE_SUFFIXES
 from arabic_qwen.data.dataset import GroupDataset
+from arabic_qwen.data.dialects import tag_dialects
 from arabic_qwen.data.loaders import DataLoader, SFTDataLoader, to_padded
 from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.data.templates import set_template, stop_token_ids
+from arabic_qwen.engine import arguments
+from arabic_qwen.engine.callbacks import run_callbacks
+from arabic_qwen.engine.guards import make_resumable
+from arabic_qwen.engine.reference_cache import precompute
+from arabic_qwen.engine.trainer import PackedTrainer
 from arabic_qwen.errors import ConfigurationError, DatasetError, TrainingError
 from arabic_qwen.files import staged
+from arabic_qwen.generation.respond import GenerationMixin
+from arabic_qwen.generation.samples import Samples
+from arabic_qwen.memory.fit import default_budget
+from arabic_qwen.methods.objectives import METHODS
 from arabic_qwen.models import adapters, compilation, loading, precision, sources
-from arabic_qwen.models.reference import precompute, reference_policy
-from arabic_qwen.training import arguments, checkpoints
-from arabic_qwen.training.callbacks import run_callbacks
-from arabic_qwen.training.dialects import tag_dialects
-from arabic_qwen.training.engine import PackedTrainer
-from arabic_qwen.training.fitting import default_budget
-from arabic_qwen.training.generation import GenerationMixin
-from arabic_qwen.training.guards import make_resumable
-from arabic_qwen.training.objectives import METHODS
-from arabic_qwen.training.report import model_card
-from arabic_qwen.training.samples import Samples
-from arabic_qwen.training.signals import StopOnSignal
+from arabic_qwen.models.reference import reference_policy
+from arabic_qwen.runs import run_folder
+from arabic_qwen.runs.report import model_card
+from arabic_qwen.runs.signals import StopOnSignal
 
 _TIMINGS = ("_runtime", "_per_second", "_time")
 
@@ -132,19 +134,19 @@ class BaseTrainer(GenerationMixin):
             SystemExit: (143) the same for SIGTERM and SIGUSR1.
         """
         self._inherit_prompt_format(self._source, keep=self._validated().model_fields_set)
-        run = checkpoints.find_run(self._validated())
+        run = run_folder.find_run(self._validated())
         if run.finished:
             self.logger.warning(
                 "%s holds this run, finished; set overwrite_output_dir to true to repeat it", run.folder
             )
             self.load_model(str(run.folder))
-            self.metrics = checkpoints.read_summary(run.folder)["metrics"]
+            self.metrics = run_folder.read_summary(run.folder)["metrics"]
             return
 
         self.trainer, self.dataset = self.prepare()
-        sums = checkpoints.data_sums(self.dataset)
+        sums = run_folder.data_sums(self.dataset)
         # Only now: a run that cannot start leaves no folder behind.
-        with StopOnSignal() as stop, checkpoints.begin_run(run, self._validated(), sums) as checkpoint:
+        with StopOnSignal() as stop, run_folder.begin_run(run, self._validated(), sums) as checkpoint:
             make_resumable(self.trainer, self._validated(), sums, stop)
             if self.data_loader:
                 self.data_loader.bad_rows.keep()
@@ -166,7 +168,7 @@ class BaseTrainer(GenerationMixin):
             self.save_model()
             if self.trainer.is_world_process_zero():
                 summary = {"metrics": self.metrics, "train": result.metrics, "data": self._data_summary()}
-                checkpoints.finish_run(run.folder, summary)
+                run_folder.finish_run(run.folder, summary)
         self.logger.info("Saved to %s", run.folder)
 
     def prepare(self) -> tuple[Trainer, dict[str, Any]]:
