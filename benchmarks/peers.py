@@ -122,7 +122,7 @@ def unsloth_peer(config: BaseConfig, groups: list[Group], run: dict[str, Any]) -
 
 
 def _sft_row(group: Group) -> dict[str, list[int]]:
-    prompt, ((ids, targets),) = group.prompt.tolist(), group.completions
+    prompt, ((ids, targets, _),) = group.prompt.tolist(), group.completions
     return {"input_ids": prompt + ids.tolist(), "labels": [-100] * len(prompt) + np.where(targets, ids, -100).tolist()}
 
 
@@ -132,9 +132,9 @@ def _pair_row(group: Group) -> dict[str, list[int]]:
 
 
 def _kto_row(group: Group) -> dict[str, Any]:
-    completion, other = (c.ids.tolist() for c in (*group.completions, group.mismatched))
+    completion, other = (c.ids.tolist() for c in (*group.completions, group.auxiliary[0]))
     row = {"prompt_ids": group.prompt.tolist(), "completion_ids": completion, "KL_completion_ids": other}
-    return row | {"label": group.label}
+    return row | {"label": group.desirable}
 
 
 def _cpo_row(group: Group) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def groups_of(point: Point, count: int, vocabulary: int) -> list[Group]:
         return workload.random_tokens(rng, vocabulary, length)
 
     return [
-        Group(tokens(point.prompt), tuple(workload.whole(tokens(point.completion)) for _ in range(point.completions)))
+        workload.compared([tokens(point.prompt), *(tokens(point.completion) for _ in range(point.completions))])
         for _ in range(count)
     ]
 

@@ -35,6 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 from arabic_qwen.config import METHOD_CONFIGS, BaseConfig
 from arabic_qwen.errors import TrainingError
 from arabic_qwen.memory.gpus import gpu_named
+from arabic_qwen.methods.registry import METHODS
 from arabic_qwen.models.loading import load_tokenizer
 from arabic_qwen.models.sources import EMBEDDED_MODEL, locate_configuration
 from arabic_qwen.packing.group import Completion, Group
@@ -160,12 +161,22 @@ def random_groups(method: str, count: int, vocabulary: int, args: argparse.Names
         length = median if args.equal_lengths else np.clip(rng.lognormal(np.log(median), 0.6), 8, LONGEST)
         return random_tokens(rng, vocabulary, max(2, int(length * scale)))
 
-    completions = {"sft": 1, "kto": 1, "cpo": 1 + args.negatives}.get(method, 2)
-    groups = [Group(tokens(200), tuple(whole(tokens(250)) for _ in range(completions))) for _ in range(count)]
-    if method == "kto":
-        neighbours = [group.completions[0] for group in groups[-1:] + groups[:-1]]
-        groups = [g._replace(label=i % 2 == 0, mismatched=neighbours[i]) for i, g in enumerate(groups)]
+    kind = METHODS[method].rows[0]
+    completions = 1 if kind != "pair" else 1 + args.negatives if method == "cpo" else 2
+    groups = [compared([tokens(200), *(tokens(250) for _ in range(completions))]) for _ in range(count)]
+    if kind == "feedback":
+        labelled = [
+            g._replace(completions=(g.completions[0]._replace(desirable=i % 2 == 0),)) for i, g in enumerate(groups)
+        ]
+        neighbours = [group.completions for group in groups[-1:] + groups[:-1]]
+        groups = [g._replace(auxiliary=neighbours[i]) for i, g in enumerate(labelled)]
     return groups
+
+
+def compared(texts: list[np.ndarray]) -> Group:
+    """A prompt with completions, the first of which is the chosen one."""
+    prompt, *completions = texts
+    return Group(prompt, tuple(whole(ids)._replace(desirable=not number) for number, ids in enumerate(completions)))
 
 
 def random_tokens(rng: np.random.Generator, vocabulary: int, length: int) -> np.ndarray:
@@ -192,7 +203,7 @@ def in_training_order(config: BaseConfig, groups: list[Group]) -> list[Group]:
     """As our trainer takes them in its first epoch."""
     sequences = Sequences(groups, None)
     arguments = BaseTrainer(config).get_training_arguments()
-    order = StepSampler(arguments, sequences.lengths, sequences.labels, epoch=lambda: 0).order()
+    order = StepSampler(arguments, sequences.lengths, sequences.desirable, epoch=lambda: 0).order()
     return [groups[i] for i in order]
 
 
@@ -229,8 +240,8 @@ def useful_flops(method: str, groups: list[Group], config: Any, rank: int | None
             total += cost(group, completion, True)
             if method in ("dpo", "ipo", "kto"):
                 total += cost(group, completion, False)
-        if group.mismatched is not None:
-            total += 2 * cost(group, group.mismatched, False)  # policy and reference
+        if group.auxiliary:
+            total += 2 * cost(group, group.auxiliary[0], False)  # policy and reference
     return total
 
 

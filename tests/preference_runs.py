@@ -194,7 +194,7 @@ def log_odds(average: torch.Tensor) -> torch.Tensor:
 def divergence(model: Any, groups: list[Group]) -> float:
     """KTO's z: max(0, mean Δ of the mismatched completions)."""
     with torch.no_grad():
-        ratios = [logp(model, g, g.mismatched) - reference_logp(model, g, g.mismatched) for g in groups]
+        ratios = [logp(model, g, g.auxiliary[0]) - reference_logp(model, g, g.auxiliary[0]) for g in groups]
     return max(0.0, float(mean(ratios)))
 
 
@@ -242,8 +242,8 @@ def naive_loss(config: Any, model: Any, groups: list[Group], reference: Any = re
         z = divergence(model, groups)
         terms = []
         for (d,), group in zip(delta, groups, strict=True):
-            weight = config.desirable_weight if group.label else config.undesirable_weight
-            terms.append(weight * (1 - torch.sigmoid(config.beta * ((d - z) if group.label else (z - d)))))
+            weight = config.desirable_weight if group.desirable else config.undesirable_weight
+            terms.append(weight * (1 - torch.sigmoid(config.beta * ((d - z) if group.desirable else (z - d)))))
         return mean(terms)
     if method == "ipo":
         margins = [d[0] / s[0] - d[1] / s[1] for d, s in zip(delta, sizes, strict=True)]

@@ -48,6 +48,7 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "data" / "with_bad_rows.jsonl").write_text("".join(lines), encoding="utf-8")
     template = re.search(r"^```\n(\{%.*?)^```", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.M | re.S)
     (tmp_path / "data" / "my_format.jinja").write_text(template[1], encoding="utf-8")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'src'}")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     return tmp_path

@@ -19,7 +19,7 @@ ROOMS = [
     {"arabic_qwen"},  # the version
     {"redaction"},
     {"errors"},
-    {"files", "terminal", "packing", "losses"},
+    {"files", "terminal", "packing"},
     {"text"},
     {"config"},
     {"data"},
@@ -97,9 +97,13 @@ def package_of(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Absolute names of the modules that a file imports, those inside functions too."""
+    """Absolute names of the modules that a file imports, those inside functions too, but not those for type checkers."""
     parents = ["arabic_qwen", *path.relative_to(PACKAGE).parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+    ]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -130,10 +134,31 @@ def test_imports_point_down(path):
 
 
 def test_losses_import_only_torch():
-    for path in (PACKAGE / "losses").rglob("*.py"):
+    for path in [
+        *(PACKAGE / "methods").glob("*/loss.py"),
+        *(PACKAGE / "methods" / name for name in ("margins.py", "objective.py")),
+    ]:
         third_party = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
         assert third_party <= {"torch", "arabic_qwen"}, path
-        assert own_imports(path) <= {"losses"}, path
+        assert own_imports(path) <= {"methods"}, path
+
+
+FIRST = """
+import sys
+{first}
+from arabic_qwen.config import METHOD_CONFIGS, DPOConfig
+from arabic_qwen.methods.dpo import DPOConfig as same
+
+assert DPOConfig is same is METHOD_CONFIGS["dpo"]
+assert not {{"torch", "transformers"}} & set(sys.modules)
+print("same")
+"""
+
+
+@pytest.mark.parametrize("first", ["import arabic_qwen.config", "import arabic_qwen.methods.dpo"])
+def test_settings_and_methods_import_in_either_order_without_torch(first):
+    run = subprocess.run([sys.executable, "-c", FIRST.format(first=first)], capture_output=True, text=True, timeout=120)
+    assert run.stdout == "same\n", run.stderr
 
 
 def test_text_imports_no_torch():

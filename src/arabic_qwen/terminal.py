@@ -14,7 +14,7 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping
-from typing import TextIO
+from typing import Any, TextIO
 
 #: Environment variable that says who orders the text on a terminal: `terminal`, or `visual` for this package.
 VARIABLE = "ARABIC_QWEN_BIDI"
@@ -68,7 +68,7 @@ def is_visual(stream: TextIO | None = None) -> bool:
     return (stream or sys.stdout).isatty() and not does_bidi(os.environ)
 
 
-def displayed(text: str, stream: TextIO | None = None, indent: int = 0) -> str:
+def displayed(text: str, stream: Any = None, indent: int = 0) -> str:
     """Whole lines of text as the stream needs them; `indent`: columns that are taken before the first line."""
     if not is_visual(stream) or not _is_right_to_left(text):
         return text

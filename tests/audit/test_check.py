@@ -12,7 +12,7 @@ from arabic_qwen.config import METHOD_CONFIGS
 from arabic_qwen.data.sources import SAMPLES
 from arabic_qwen.data.templates import set_template
 from arabic_qwen.errors import ConfigurationError, DatasetError
-from arabic_qwen.methods.objectives import METHODS
+from arabic_qwen.methods.registry import METHODS
 
 from .planted import DEFECTS, FILES, clean_row, write_planted
 
@@ -104,7 +104,7 @@ def test_the_method_decides_what_is_an_error(tmp_path):
     assert check([file]).errors == 0
     assert check([file], "cpo").errors == 0
     assert check([file], "dpo").counts == {"broken_row": 1}
-    with pytest.raises(ConfigurationError, match="--method ppo: unknown method; choose one of sft, dpo"):
+    with pytest.raises(ConfigurationError, match="--method: 'ppo' is unknown; choose one of sft, dpo"):
         check([file], "ppo")
 
 

@@ -43,7 +43,7 @@ def test_no_usable_row_is_an_error(file):
 
 
 def test_unknown_method():
-    with pytest.raises(ConfigurationError, match="--method ppo: unknown method; choose one of"):
+    with pytest.raises(ConfigurationError, match="--method: 'ppo' is unknown; choose one of"):
         next(read_texts(["sample:sft"], "ppo"))
 
 

@@ -11,7 +11,7 @@ import pytest
 from arabic_qwen.config import METHOD_CONFIGS
 from arabic_qwen.errors import TrainingError
 from arabic_qwen.plan import estimate
-from arabic_qwen.plan.data import Mix, examples_of
+from arabic_qwen.plan.data import LengthMix, examples_of
 
 
 def call(module, monkeypatch, *arguments):
@@ -201,8 +201,8 @@ RESULTS = [*(f"7b-{name}" for name in OF_7B), "0.5b", "0.5b-alone", "0.5b-8192"]
 def planned_on_h100(monkeypatch, config, groups, steps, **update):
     """What `plan` says of steps over these groups, compiled by default, and the tokens of their streams."""
     step = sum(group.num_budgeted for group in groups) // steps
-    mix = Mix(**examples_of(groups), step=step, epochs=1.0, steps=steps, examples_a_step=len(groups) // steps)
-    monkeypatch.setattr(estimate, "mix_of", lambda config: mix)
+    mix = LengthMix(**examples_of(groups), step=step, epochs=1.0, steps=steps, examples_a_step=len(groups) // steps)
+    monkeypatch.setattr(estimate, "length_mix", lambda config: mix)
     settings = {"torch_dtype": "bfloat16", "torch_compile": True} | update
     return estimate.plan(config.model_copy(update=settings), ["H100"]).devices[1], sum(g.num_tokens for g in groups)
 

@@ -6,8 +6,8 @@ import pytest
 
 from arabic_qwen.commands import compare as comparison
 from arabic_qwen.config import KTOConfig, SFTConfig
-from arabic_qwen.data.loaders import KTODataLoader, SFTDataLoader
 from arabic_qwen.errors import DatasetError
+from arabic_qwen.methods.registry import METHODS
 from arabic_qwen.training.base_trainer import BaseTrainer
 from tests.commands.test_cli import write_rows
 
@@ -24,9 +24,9 @@ def row(prompt, trained, reference):
 
 
 def test_the_prompt_of_a_row_is_the_whole_conversation(tokenizer):
-    assert SFTDataLoader(SFTConfig(), tokenizer).prompt({"messages": TURNS}) == TURNS[:-1]
+    assert METHODS["sft"].data_loader(SFTConfig(), tokenizer).prompt({"messages": TURNS}) == TURNS[:-1]
     pair = {"prompt": "سؤال؟", "chosen": "نعم.", "rejected": "لا."}
-    loader = KTODataLoader(KTOConfig(unpair_preferences=True), tokenizer)
+    loader = METHODS["kto"].data_loader(KTOConfig(unpair_preferences=True), tokenizer)
     assert loader.prompt(pair) == [{"role": "user", "content": "سؤال؟"}]
 
 

@@ -61,7 +61,10 @@ def test_equals_evaluating_the_dialect_alone(model_dir, tmp_path, method):
     assert held_out.dialects == ("EGY", "LEV")
     assert [group.tag for group in held_out] == [1] * 6 + [2] * 5 + [0] * 2
     if variant == "one-class":
-        held_out.groups = [group._replace(label=group.label or group.tag == 1) for group in held_out]
+        held_out.groups = [
+            group._replace(completions=(group.completions[0]._replace(desirable=group.desirable or group.tag == 1),))
+            for group in held_out
+        ]
     metrics = ours.evaluate()
     names = ["eval_loss"] if method == "sft" else ["eval_loss", "eval_rewards/accuracies"]
     for tag, dialect in enumerate(held_out.dialects, 1):

@@ -14,11 +14,10 @@ from arabic_qwen.config import METHOD_CONFIGS, SFTConfig
 from arabic_qwen.data.bad_rows import RowError
 from arabic_qwen.data.conversations import to_conversation
 from arabic_qwen.data.layouts import LAYOUTS, canonical, recognise, role_of
-from arabic_qwen.data.loaders import SFTDataLoader
 from arabic_qwen.data.preferences import to_contrast, to_feedback, to_pair
 from arabic_qwen.data.sources import read_rows
 from arabic_qwen.data.templates import set_template
-from arabic_qwen.methods.objectives import METHODS
+from arabic_qwen.methods.registry import METHODS, methods_of
 
 FILES = sorted(Path(__file__).with_name("layouts").glob("*.jsonl"))
 READERS = {"sft": to_conversation, "kto": to_feedback, "cpo": to_contrast}
@@ -40,9 +39,9 @@ def as_json(messages):
 def test_training_reads_public_sets_as_they_are(path, tokenizer):
     set_template(tokenizer, "chatml", "")
     rows = read(path)
-    for method in recognise(rows[0]).methods:
+    for method in methods_of(recognise(rows[0]).kind):
         config = METHOD_CONFIGS[method](dataset_path=str(path), validation_split=0)
-        loader = METHODS[method].data_loader if method in METHODS else SFTDataLoader
+        loader = METHODS[method].data_loader
         dataset = loader(config, tokenizer).load()["train"]
         text = tokenizer.decode([token for group in dataset for token in group.prompt])
         assert len(dataset) == len(rows) and "[{" not in text
@@ -61,8 +60,8 @@ def test_the_table_names_public_sets(path):
 def test_examples_of_the_table(layout):
     assert recognise(layout.example) == layout
     assert layout.example.keys() <= {*layout.columns, *layout.optional}
-    assert set(layout.methods) <= METHOD_CONFIGS.keys()
-    for method in layout.methods:
+    assert set(methods_of(layout.kind)) <= METHOD_CONFIGS.keys()
+    for method in methods_of(layout.kind):
         READERS.get(method, to_pair)(layout.example)
     assert canonical(layout.example) == (layout.example, [])
 
@@ -70,7 +69,7 @@ def test_examples_of_the_table(layout):
 def test_prompt_of_an_instruction_with_input():
     row = {"instruction": "ترجم", "input": "Hello", "chosen": "مرحبًا", "rejected": "وداعًا"}
     assert to_pair(row).prompt == [{"role": "user", "content": "ترجم\n\nHello"}]
-    with pytest.raises(RowError, match="such rows are for methods dpo, ipo, cpo, simpo and orpo"):
+    with pytest.raises(RowError, match="such a row is a preference, for method dpo and its relatives"):
         to_conversation(row)
 
 
@@ -223,7 +222,7 @@ CODED = {
 def test_codes_of_row_errors(code, row):
     layout = recognise(row)
     with pytest.raises(RowError) as error:
-        READERS.get(layout.methods[0] if layout else "sft", to_pair)(row)
+        READERS.get(methods_of(layout.kind)[0] if layout else "sft", to_pair)(row)
     assert error.value.code == code
     assert CODES[code].level == "error"
 

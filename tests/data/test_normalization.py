@@ -15,7 +15,7 @@ from arabic_qwen.data.normalization import Normalizer
 from arabic_qwen.data.readers import Row
 from arabic_qwen.data.templates import set_template
 from arabic_qwen.errors import ConfigurationError, DatasetError
-from arabic_qwen.methods.objectives import METHODS
+from arabic_qwen.methods.registry import METHODS
 from arabic_qwen.text.normalization import normalization_report, normalize
 
 DIRTY = "مـــرحبا ﺑﻜﻢ فی مکتبة\u200f المُعَلِّمِ"

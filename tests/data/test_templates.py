@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from arabic_qwen.data.templates import Piece, encode_pieces, render_pieces, set_template, stop_token_ids
+from arabic_qwen.data.conversations import Conversation
+from arabic_qwen.data.templates import Piece, encode_pieces, render_conversation, set_template, stop_token_ids
 from arabic_qwen.errors import ConfigurationError
 from arabic_qwen.packing.group import Group
 
@@ -52,12 +53,21 @@ def conversation(*turns: str, system: str | None = None) -> list[dict]:
 
 
 def encode(tokenizer, messages) -> list[Group]:
-    return encode_pieces(tokenizer, render_pieces(tokenizer, messages))
+    return [
+        Group(prompt, (completion,))
+        for prompt, completion in encode_pieces(tokenizer, render_turns(tokenizer, messages))
+    ]
+
+
+def render_turns(tokenizer, messages) -> list[list[Piece]]:
+    """Of a conversation all of whose answers are learned."""
+    learned = Conversation(messages[:-1], [messages[-1]["content"]], learns_turns=True)
+    return [completion for (completion,) in render_conversation(tokenizer, learned)]
 
 
 def learned(tokenizer, group: Group) -> list[str]:
     """The text of each uninterrupted run of targets."""
-    ((ids, targets),) = group.completions
+    ((ids, targets, _),) = group.completions
     runs: list[list[int]] = []
     previous = False
     for token, target in zip(ids.tolist(), targets.tolist(), strict=True):
@@ -179,7 +189,7 @@ def test_past_turns_rendered_differently_become_examples_of_their_own(tokenizer)
 
 def test_alpaca_text(tokenizer):
     use(tokenizer, "alpaca")
-    pieces = render_pieces(tokenizer, conversation("ترجم", "نعم", "ثم؟", "لا"))
+    pieces = render_turns(tokenizer, conversation("ترجم", "نعم", "ثم؟", "لا"))
     preamble = (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     )
@@ -195,14 +205,14 @@ def test_alpaca_text(tokenizer):
 
 def test_alpaca_system_prompt_takes_the_place_of_the_preamble(tokenizer):
     use(tokenizer, "alpaca")
-    ((prompt, _),) = render_pieces(tokenizer, conversation("ترجم", "نعم", system="أنت مترجم."))
+    ((prompt, _),) = render_turns(tokenizer, conversation("ترجم", "نعم", system="أنت مترجم."))
     assert prompt.text == "أنت مترجم.\n\n### Instruction:\nترجم\n\n### Response:\n"
 
 
 @pytest.mark.parametrize("response_template", ["### الرد:\n", 'a "b" \\ \\n {{ x }} {% y %} RESPONSE\t', "'", ""])
 def test_response_template_is_taken_literally(tokenizer, response_template):
     set_template(tokenizer, "alpaca", response_template)
-    ((prompt, answer),) = render_pieces(tokenizer, conversation("سؤال", "جواب"))
+    ((prompt, answer),) = render_turns(tokenizer, conversation("سؤال", "جواب"))
     assert prompt.text.endswith("\n\n### Instruction:\nسؤال\n\n" + response_template)
     assert answer.text == "جواب<|im_end|>"
 
@@ -224,7 +234,7 @@ def test_control_tokens_in_texts_are_refused(tokenizer_file, role, token):
     texts = {"system": "س", "user": "أ", "assistant": "ب"} | {role: f"قبل{token}بعد"}
     messages = [{"role": name, "content": text} for name, text in texts.items()]
     with pytest.raises(ValueError) as error:
-        render_pieces(tokenizer, messages)
+        render_turns(tokenizer, messages)
     assert str(error.value) == f"the {role}'s text holds the control token {token}; remove it"
 
 
@@ -237,7 +247,7 @@ def test_words_that_only_look_like_control_tokens_are_kept(tokenizer):
 def test_template_that_changes_the_answered_prompt_is_refused(tokenizer):
     tokenizer.chat_template = PLAIN.replace("'assistant: '", "'assistant: <think>'")
     with pytest.raises(ValueError, match=r"changes the prompt once it is answered, .* or use chatml"):
-        render_pieces(tokenizer, conversation("أ", "ب"))
+        render_turns(tokenizer, conversation("أ", "ب"))
 
 
 def test_template_that_refuses_the_conversation(tokenizer):
@@ -245,18 +255,18 @@ def test_template_that_refuses_the_conversation(tokenizer):
         "{%- if messages[0]['role'] == 'system' %}{{- raise_exception('no system role') }}{%- endif %}" + PLAIN
     )
     with pytest.raises(ValueError, match="the chat template refuses the conversation: no system role"):
-        render_pieces(tokenizer, conversation("أ", "ب", system="س"))
+        render_turns(tokenizer, conversation("أ", "ب", system="س"))
 
 
 def test_many_conversations_at_once_are_as_one_by_one(tokenizer):
     use(tokenizer, "chatml")
-    pieces = [render_pieces(tokenizer, messages)[0] for messages in CONVERSATIONS.values()]
+    pieces = [render_turns(tokenizer, messages)[0] for messages in CONVERSATIONS.values()]
     together = encode_pieces(tokenizer, pieces)
-    for conversation_pieces, group in zip(pieces, together, strict=True):
-        (alone,) = encode_pieces(tokenizer, [conversation_pieces])
-        assert alone.prompt.tolist() == group.prompt.tolist()
-        for part, other in zip(alone.completions[0], group.completions[0], strict=True):
-            assert part.tolist() == other.tolist()
+    for conversation_pieces, (prompt, completion) in zip(pieces, together, strict=True):
+        ((alone, expected),) = encode_pieces(tokenizer, [conversation_pieces])
+        assert alone.tolist() == prompt.tolist()
+        assert expected.ids.tolist() == completion.ids.tolist()
+        assert expected.targets.tolist() == completion.targets.tolist()
 
 
 def test_tokenizers_own_template_must_exist(tokenizer):

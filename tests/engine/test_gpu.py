@@ -58,7 +58,11 @@ def random_groups(count, max_completions):
     groups = []
     for _ in range(count):
         answers = [tokens(1, 90) for _ in range(rng.integers(1, max_completions + 1))]
-        groups.append(Group(tokens(1, 120), tuple(Completion(a, np.ones(len(a), dtype=bool)) for a in answers)))
+        groups.append(
+            Group(
+                tokens(1, 120), tuple(Completion(a, np.ones(len(a), dtype=bool), not n) for n, a in enumerate(answers))
+            )
+        )
     return groups
 
 

@@ -24,6 +24,8 @@ from tests.preference_runs import gradients_of, preference_config, ready, write_
 from tests.runs.test_checkpoints import EXACT, outcome
 from tests.training.test_base_trainer import CustomTrainer
 
+pytestmark = pytest.mark.engine
+
 
 class Faulty(BaseTrainer):
     """Trains with a fault in some calls of the loss: micro-batches, counted from 1."""
@@ -41,7 +43,8 @@ class Faulty(BaseTrainer):
 
         def loss(scores):
             self.calls += 1
-            return self.fault(self.calls, right(scores))
+            found = right(scores)
+            return found._replace(losses=self.fault(self.calls, found.losses))
 
         trainer.objective = dataclasses.replace(trainer.objective, loss=loss)
         return trainer
@@ -149,7 +152,7 @@ def test_not_finite_in_a_pass_without_gradients(case, model_dir, tmp_path, seen,
         if len(seen) == STEP - 1 and not torch.is_grad_enabled():
             passes.append(batch)
             if len(passes) == 2:
-                scores.policy = scores.policy * math.nan
+                scores.logps = scores.logps * math.nan
         return scores
 
     monkeypatch.setattr(PackedTrainer, "_score", nan_score)
@@ -382,7 +385,7 @@ def test_reference_that_did_not_fit(model_dir, tmp_path, monkeypatch):
     def reference(name):
         data = write_data("dpo", tmp_path)
         trainer = ready(preference_config("dpo", model_dir, data, tmp_path / name, precompute_reference=True))
-        return [value for group in trainer.dataset["train"].groups for value in group.reference]
+        return [float(logp) for g in trainer.dataset["train"].groups for logps in g.reference for logp in logps]
 
     expected = reference("whole")
     from arabic_qwen.models import scoring

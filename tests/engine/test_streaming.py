@@ -23,6 +23,8 @@ from tests.preference_runs import (
     write_rows,
 )
 
+pytestmark = pytest.mark.engine
+
 
 def streamed(model_dir, data, folder, **values):
     settings = dict(streaming=True, eval_dataset_path=str(data), save_steps=1, eval_steps=1)

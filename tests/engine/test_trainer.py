@@ -13,7 +13,9 @@ from arabic_qwen.config import SFTConfig
 from arabic_qwen.models.adapters import add_lora
 from arabic_qwen.packing.batch import pack
 from arabic_qwen.training.base_trainer import BaseTrainer
-from tests.preference_runs import relative_difference, train_on_two_processes
+from tests.preference_runs import ready, relative_difference, train_on_two_processes
+
+pytestmark = pytest.mark.engine
 
 
 def sft_config(model_dir, sft_file, output_dir, **values):
@@ -66,7 +68,7 @@ def test_three_steps_equal_trl(model_dir, sft_file, tmp_path, accumulation):
     assert len(order) >= 3 * 2 * accumulation
     rows = []
     for index in order[: 3 * 2 * accumulation]:
-        ((prompt, ((ids, targets),), *_),) = loader.dataset[index]
+        ((prompt, ((ids, targets, _),), *_),) = loader.dataset[index]
         labels = [-100] * len(prompt) + [int(i) if t else -100 for i, t in zip(ids, targets, strict=True)]
         rows.append({"input_ids": [*prompt.tolist(), *ids.tolist()], "labels": labels})
 
@@ -220,3 +222,11 @@ def test_two_processes_equal_one(model_dir, sft_file, tmp_path):
     assert losses[0][-1] == pytest.approx(losses[1][-1], abs=1e-5)
     samples = [(tmp_path / name / "samples.jsonl").read_text(encoding="utf-8").splitlines() for name in ("one", "two")]
     assert len(samples[0]) == len(samples[1])
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_batches_are_pinned_for_a_gpu(pinned, model_dir, sft_file, tmp_path, monkeypatch):
+    engine = ready(sft_config(model_dir, sft_file, tmp_path, dataloader_pin_memory=pinned), seed=None).trainer
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    engine.args.dataloader_pin_memory = pinned  # which TrainingArguments takes back without a GPU
+    assert engine.get_train_dataloader().pin_memory is pinned

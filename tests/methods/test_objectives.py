@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from arabic_qwen.errors import ConfigurationError
-from arabic_qwen.methods.objectives import METHODS, Scores, _pair_metrics, _pair_sums, join_scores
+from arabic_qwen.methods.objective import PAIRS, Losses, Scores, join_scores
+from arabic_qwen.methods.registry import METHODS
 from arabic_qwen.models.adapters import add_lora
 from arabic_qwen.packing.batch import pack
 from arabic_qwen.packing.bins import micro_batches
@@ -31,6 +32,8 @@ from tests.preference_runs import (
     trainable,
     write_data,
 )
+
+pytestmark = pytest.mark.engine
 
 CASES = {
     "dpo": ("dpo", {"beta": 0.3}),
@@ -81,7 +84,7 @@ def engine_step(trainer, groups):
     with gradients_of(trainer.model) as gradients:
         loss = engine.training_step(trainer.model, engine._collate([[group] for group in groups]))
     sums = {name: float(value) for name, value in engine._sums.items()}
-    return loss.item(), gradients, engine.objective.derive(sums, loss.item())
+    return loss.item(), gradients, engine.objective.metrics.derive(sums, loss.item())
 
 
 def step_groups(trainer, count=7):
@@ -191,7 +194,7 @@ class TestDivergence:
         groups = step_groups(ours)
         loss, _, metrics = engine_step(ours, groups)
         assert metrics["kl"] == 0
-        assert loss == pytest.approx(mean(0.75 if g.label else 0.25 for g in groups), abs=1e-6)
+        assert loss == pytest.approx(mean(0.75 if g.desirable else 0.25 for g in groups), abs=1e-6)
 
 
 def reference_passes(trainer, monkeypatch):
@@ -214,7 +217,7 @@ def test_the_references_prompts_are_computed_once(trainer, monkeypatch):
     groups = step_groups(ours)
     seen = reference_passes(ours, monkeypatch)
     engine_step(ours, groups)
-    assert sum(seen) == sum(group.num_tokens + len(group.mismatched.ids) for group in groups)
+    assert sum(seen) == sum(group.num_tokens + len(group.auxiliary[0].ids) for group in groups)
 
 
 def test_the_reference_is_computed_once_where_the_loss_needs_the_whole_step(trainer, monkeypatch):
@@ -238,20 +241,21 @@ def test_length_bias_compares_the_lengths_that_the_data_gives(trainer):
 class TestLengthBias:
     def correlation(self, margins, longer):
         """Of pairs with these margins and length differences, by the engine's sums."""
+        completions = 2 * len(margins)
         scores = Scores(
-            policy=torch.tensor([v for m in margins for v in (m, 0.0)]),
-            reference=None,
-            num_targets=torch.ones(2 * len(margins), dtype=torch.int64),
+            logps=torch.tensor([v for m in margins for v in (m, 0.0)]),
+            reference_logps=None,
+            target_completion=torch.arange(completions),
+            completion_group=torch.arange(completions) // 2,
+            chosen=torch.arange(0, completions, 2),
+            rejected=torch.arange(1, completions, 2),
+            num_targets=torch.ones(completions, dtype=torch.int64),
             lengths=torch.tensor([float(v) for d in longer for v in (d, 0)]),
-            first=torch.arange(0, 2 * len(margins), 2),
-            others=torch.arange(1, 2 * len(margins), 2),
-            others_group=torch.arange(len(margins)),
-            label=torch.ones(len(margins), dtype=torch.bool),
             tags=torch.zeros(len(margins), dtype=torch.int64),
             mean_chosen_length=1.0,
         )
-        sums = _pair_sums(lambda scores: scores.policy)(scores)
-        return _pair_metrics({name: float(value) for name, value in sums.items()}, 0.0)["length_bias"]
+        sums = PAIRS.sums(scores, Losses(torch.zeros(len(margins)), scores.policy))
+        return PAIRS.derive({name: float(value) for name, value in sums.items()}, 0.0)["length_bias"]
 
     def test_small_spread_around_a_large_mean(self):
         rng = np.random.default_rng(0)
@@ -275,7 +279,7 @@ class TestOneClass:
 
     def test_metrics_of_the_other_are_left_out(self, trainer):
         ours = trainer("kto")
-        groups = [group for group in ours.dataset["train"].groups if group.label][:4]
+        groups = [group for group in ours.dataset["train"].groups if group.desirable][:4]
         metrics = engine_step(ours, groups)[2]
         assert "rewards/chosen" in metrics and "kl" in metrics
         assert not {"rewards/rejected", "logps/rejected", "rewards/margins"} & set(metrics)
@@ -292,7 +296,7 @@ class TestOnePrompt:
     def test_one_held_out_prompt(self, trainer):
         ours = trainer("kto", validation_split=0.01)
         assert len({group.prompt.tobytes() for group in ours.dataset["validation"]}) == 1
-        assert all(group.mismatched for group in ours.dataset["validation"])
+        assert all(group.auxiliary for group in ours.dataset["validation"])
         assert ours.evaluate()["eval_loss"] > 0
 
 
@@ -331,15 +335,15 @@ def naive_metrics(config, model, groups):
     with torch.no_grad():
         logps = [[logp(model, g, c).item() for c in g.completions] for g in groups]
     if config.method == "kto":
-        good = [r[0] for r, g in zip(rewards, groups, strict=True) if g.label]
-        bad = [r[0] for r, g in zip(rewards, groups, strict=True) if not g.label]
+        good = [r[0] for r, g in zip(rewards, groups, strict=True) if g.desirable]
+        bad = [r[0] for r, g in zip(rewards, groups, strict=True) if not g.desirable]
         return {
             "rewards/chosen": mean(good),
             "rewards/rejected": mean(bad),
             "rewards/margins": mean(good) - mean(bad),
-            "rewards/accuracies": mean((r[0] > 0) == g.label for r, g in zip(rewards, groups, strict=True)),
-            "logps/chosen": mean(p[0] for p, g in zip(logps, groups, strict=True) if g.label),
-            "logps/rejected": mean(p[0] for p, g in zip(logps, groups, strict=True) if not g.label),
+            "rewards/accuracies": mean((r[0] > 0) == g.desirable for r, g in zip(rewards, groups, strict=True)),
+            "logps/chosen": mean(p[0] for p, g in zip(logps, groups, strict=True) if g.desirable),
+            "logps/rejected": mean(p[0] for p, g in zip(logps, groups, strict=True) if not g.desirable),
             "kl": divergence(model, groups),
         }
     pairs = [(r, p, g) for r, p, g in zip(rewards, logps, groups, strict=True) if len(r) > 1]
@@ -362,7 +366,7 @@ def test_metrics_equal_those_computed_by_hand(case, trainer):
     groups = step_groups(ours)
     metrics = engine_step(ours, groups)[2]
     expected = naive_metrics(ours.config, ours.model.eval(), groups)
-    assert set(metrics) == set(expected) == set(ours.trainer.objective.metrics)
+    assert set(metrics) == set(expected) == set(ours.trainer.objective.metric_names)
     assert metrics == pytest.approx(expected, abs=2e-4)
 
 
@@ -383,7 +387,7 @@ def test_metrics_are_logged_with_the_loss(model_dir, preference_file, tmp_path):
     config = preference_config("dpo", model_dir, preference_file, tmp_path, validation_split=0.25, eval_steps=1)
     _, trainer = run(config)
     logged = [entry for entry in trainer.trainer.state.log_history if "loss" in entry]
-    names = set(trainer.trainer.objective.metrics)
+    names = set(trainer.trainer.objective.metric_names)
     assert len(logged) == 3
     assert all(names <= set(entry) for entry in logged)
     assert logged[0]["rewards/margins"] == logged[0]["rewards/accuracies"] == 0  # policy = reference
@@ -431,10 +435,10 @@ def test_scores_join_as_if_they_had_been_one(trainer):
         whole = engine._score(engine.model, pack(groups), 1.0)
         parts = [engine._score(engine.model, pack([g]), 1.0) for g in groups]
     joined = join_scores(parts)
-    for name in ("first", "others", "others_group", "num_targets", "lengths", "label"):
+    for name in ("target_completion", "completion_group", "chosen", "rejected", "num_targets", "lengths", "tags"):
         assert torch.equal(getattr(joined, name), getattr(whole, name)), name
     assert torch.allclose(joined.policy, whole.policy, atol=1e-4)
-    assert joined.reference is None
+    assert joined.reference_logps is None
 
 
 @pytest.mark.parametrize(
@@ -474,7 +478,7 @@ def test_two_processes_equal_one(case, own, model_dir, data, tmp_path):
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
     ]
-    names = ["loss", *trainer.trainer.objective.metrics]
+    names = ["loss", *trainer.trainer.objective.metric_names]
     for key in (*names, *(f"eval_{name}" for name in names)):
         first, second = ([entry[key] for entry in entries if key in entry] for entries in logged)
         assert first

@@ -8,6 +8,8 @@ from arabic_qwen.packing.batch import pack
 from arabic_qwen.packing.bins import best_fit_decreasing, micro_batches
 from arabic_qwen.packing.group import Completion, Group
 
+pytestmark = pytest.mark.engine
+
 
 def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> int:
     """Number of bins, by looking at every bin for each item."""
@@ -64,7 +66,7 @@ tokens = st.integers(0, 99)
 def completions(draw):
     ids = draw(st.lists(tokens, max_size=6))
     targets = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
-    return Completion(np.array(ids, dtype=np.int32), np.array(targets, dtype=bool))
+    return Completion(np.array(ids, dtype=np.int32), np.array(targets, dtype=bool), draw(st.booleans()))
 
 
 groups = st.lists(
@@ -72,6 +74,8 @@ groups = st.lists(
         Group,
         st.lists(tokens, min_size=1, max_size=6).map(lambda ids: np.array(ids, dtype=np.int32)),
         st.lists(completions(), max_size=4).map(tuple),
+        auxiliary=st.just(()),
+        reference=st.none(),
         lengths=st.none(),
         tag=st.integers(0, 5),
     ),

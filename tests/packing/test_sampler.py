@@ -1,6 +1,10 @@
 """Which sequences make each step."""
 
+import pytest
+
 from arabic_qwen.packing.sampler import StepSampler
+
+pytestmark = pytest.mark.engine
 
 
 def test_sampler_shows_every_sequence_once_to_some_rank():
@@ -39,9 +43,9 @@ def test_every_step_has_its_share_of_both_classes():
         train_sampling_strategy, seed, data_seed, world_size, process_index = "random", 1, None, 1, 0
         per_device_train_batch_size, gradient_accumulation_steps = 4, 2
 
-    labels = [i % 4 == 0 for i in range(64)]  # a quarter is desirable
+    desirable = [i % 4 == 0 for i in range(64)]  # a quarter is desirable
     for strategy in ("random", "group_by_length"):
         Args.train_sampling_strategy = strategy
-        steps = [batch for batch in StepSampler(Args, [1] * 64, labels, epoch=lambda: 3) if batch]
-        assert [sum(labels[i] for i in step) for step in steps] == [2] * 8
+        steps = [batch for batch in StepSampler(Args, [1] * 64, desirable, epoch=lambda: 3) if batch]
+        assert [sum(desirable[i] for i in step) for step in steps] == [2] * 8
         assert steps[0] != sorted(steps[0])

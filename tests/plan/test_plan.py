@@ -13,7 +13,7 @@ from arabic_qwen.errors import ConfigurationError, DatasetError, ModelLoadError
 from arabic_qwen.memory import gpus
 from arabic_qwen.models.adapters import add_lora
 from arabic_qwen.plan import estimate, tables
-from arabic_qwen.plan.data import Mix
+from arabic_qwen.plan.data import LengthMix
 from arabic_qwen.training.base_trainer import BaseTrainer
 from tests.commands.test_cli import in_process
 from tests.commands.test_dry_run import config_for
@@ -291,8 +291,10 @@ def test_sliding_windows_are_refused(seven):
 
 def test_lengths_that_are_advised_cut_something(seven, monkeypatch):
     """Examples of up to 5,421 tokens: a limit of 8,192 would change nothing."""
-    mix = Mix(900, 900, 600, 1e6, gathered=0, longest=5421, completions=1, step=21684, epochs=3, examples_a_step=4)
-    monkeypatch.setattr(estimate, "mix_of", lambda config: mix)
+    mix = LengthMix(
+        900, 900, 600, 1e6, gathered=0, longest=5421, completions=1, step=21684, epochs=3, examples_a_step=4
+    )
+    monkeypatch.setattr(estimate, "length_mix", lambda config: mix)
     config = SFTConfig(model_name=str(seven), max_seq_length=16384, load_in_4bit=True, lora_r=8)
     for memory, advised in ((8.9e9, "max_seq_length=4096"), (8.3e9, "max_seq_length=2048")):
         monkeypatch.setitem(gpus.GPUS, "small", gpus.Gpu(memory, 1e14, 1e12, (9, 0)))
@@ -303,7 +305,9 @@ def test_lengths_that_are_advised_cut_something(seven, monkeypatch):
 def test_a_length_that_cuts_nothing_changes_nothing(seven, monkeypatch):
     """KTO's other completion counts against the budget, not as the example's length."""
     lengths = {"longest": 2300, "lengths": ((4100, 2300),) * 8}
-    mix = Mix(2300, 4100, 1800, 1e6, gathered=0, completions=1, step=32800, epochs=1, examples_a_step=8, **lengths)
+    mix = LengthMix(
+        2300, 4100, 1800, 1e6, gathered=0, completions=1, step=32800, epochs=1, examples_a_step=8, **lengths
+    )
     run = estimate._Run(KTOConfig(model_name=str(seven), dataset_path="none.jsonl"), mix, None, None, {})
     length = run.config.length_key
     assert run._with([{length: 4096}]).mix == mix
@@ -312,7 +316,9 @@ def test_a_length_that_cuts_nothing_changes_nothing(seven, monkeypatch):
 
 
 def test_micro_batches_may_be_unfilled():
-    mix = Mix(2731, 2731, 1366, 1e6, gathered=0, longest=2731, completions=1, step=21848, epochs=1, examples_a_step=8)
+    mix = LengthMix(
+        2731, 2731, 1366, 1e6, gathered=0, longest=2731, completions=1, step=21848, epochs=1, examples_a_step=8
+    )
     assert mix.largest_micro_batch(8192) == 8192  # of lengths that are not known
     equal = mix._replace(lengths=((2731, 2731),) * 20)
     found = [equal.largest_micro_batch(budget) for budget in (1000, 8192, 8193, 10**6)]
@@ -323,7 +329,9 @@ def test_micro_batches_may_be_unfilled():
 
 def test_micro_batches_of_kto():
     """The other completion counts against the budget, but is not in the stream."""
-    mix = Mix(2000, 3000, 900, 1e6, gathered=0, longest=2500, completions=1, step=24000, epochs=1, examples_a_step=8)
+    mix = LengthMix(
+        2000, 3000, 900, 1e6, gathered=0, longest=2500, completions=1, step=24000, epochs=1, examples_a_step=8
+    )
     assert [mix.largest_micro_batch(budget) for budget in (6000, 10**6, 2600)] == [4000, 16000, 2500]
     measured = mix._replace(lengths=(((3000, 1500),) * 4 + ((3000, 2500),) * 4))
     assert [measured.largest_micro_batch(budget) for budget in (3000, 10**6)] == [2500, 16000]

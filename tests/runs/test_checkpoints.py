@@ -23,6 +23,8 @@ from arabic_qwen.training.base_trainer import BaseTrainer
 from tests.engine.test_trainer import StopAfter, sft_config
 from tests.preference_runs import preference_config, write_data
 
+pytestmark = pytest.mark.engine
+
 EXACT = dict(lora_dropout=0.1, save_steps=1, eval_steps=1, save_total_limit=None, max_steps=None, eval_samples=0)
 
 

@@ -24,6 +24,8 @@ from arabic_qwen.training.base_trainer import BaseTrainer
 from tests.engine.test_trainer import sft_config
 from tests.preference_runs import preference_config, write_data
 
+pytestmark = pytest.mark.engine
+
 VALUES = dict(lora_dropout=0.1, max_steps=4, save_steps=1, save_total_limit=None, validation_split=0, eval_samples=0)
 VALUES |= dict(lora_target_modules=["q_proj"], packing=False)
 

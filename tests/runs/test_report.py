@@ -7,6 +7,8 @@ import pytest
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.training.base_trainer import BaseTrainer
 
+pytestmark = pytest.mark.engine
+
 
 def needs(package):
     return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}")

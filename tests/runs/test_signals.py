@@ -15,6 +15,8 @@ from arabic_qwen.training.base_trainer import BaseTrainer
 from tests.engine.test_trainer import sft_config
 from tests.runs.test_checkpoints import EXACT, outcome
 
+pytestmark = pytest.mark.engine
+
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143}
 
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from arabic_qwen.runs.state import load_state, save_state
 
+pytestmark = pytest.mark.engine
+
 OPTIMIZERS = {
     name: cls
     for name, cls in sorted(vars(torch.optim).items())

@@ -19,6 +19,8 @@ from arabic_qwen.errors import ConfigurationError, DatasetError, ModelLoadError,
 from arabic_qwen.training.base_trainer import BaseTrainer
 from arabic_qwen.training.sft_trainer import SFTTrainer, create_sft_trainer
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture
 def config(model_dir, sft_file, tmp_path):

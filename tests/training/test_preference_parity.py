@@ -20,6 +20,8 @@ from tests.preference_runs import (
     write_data,
 )
 
+pytestmark = pytest.mark.engine
+
 STEPS = 5
 
 
@@ -206,7 +208,7 @@ def test_kto_steps_equal_trl(model_dir, feedback_file, tmp_path):
     for start in range(0, len(order), 4):
         batch = order[start : start + 4]
         for place, index in enumerate(batch):
-            groups[index] = groups[index]._replace(mismatched=groups[batch[place - 1]].completions[0])
+            groups[index] = groups[index]._replace(auxiliary=(groups[batch[place - 1]].completions[0],))
     start = trainable(trainer.model)
     trainer.trainer.train()
 
@@ -215,13 +217,13 @@ def test_kto_steps_equal_trl(model_dir, feedback_file, tmp_path):
     for group in groups:
         ids = group.completions[0].ids
         prompt, completion = (as_text(trainer.tokenizer, part) for part in (group.prompt, ids))
-        rows.append({"prompt": prompt, "completion": completion, "label": group.label})
+        rows.append({"prompt": prompt, "completion": completion, "label": group.desirable})
         expected.append(
             {
                 "prompt_ids": group.prompt.tolist(),
                 "completion_ids": ids.tolist(),
-                "KL_completion_ids": group.mismatched.ids.tolist(),
-                "label": group.label,
+                "KL_completion_ids": group.auxiliary[0].ids.tolist(),
+                "label": group.desirable,
             }
         )
     peer = train_peer(

@@ -33,6 +33,8 @@ from arabic_qwen.training.preference_trainer import (
 from arabic_qwen.training.simpo_trainer import SimPOTrainer, create_simpo_trainer
 from tests.preference_runs import ROWS, preference_config, write_data, write_rows
 
+pytestmark = pytest.mark.engine
+
 FACTORIES = {
     "dpo": (create_dpo_trainer, DPOTrainer, DPOConfig),
     "kto": (create_kto_trainer, KTOTrainer, KTOConfig),
@@ -174,7 +176,7 @@ def test_bad_rows_are_named_with_file_and_line(config, tmp_path):
 def test_unpaired_preferences_train(config, tmp_path):
     trainer = create_kto_trainer(config("kto", dataset_path=str(write_data("dpo", tmp_path)), unpair_preferences=True))
     trainer.train()
-    labels = [group.label for group in trainer.dataset["train"].groups]
+    labels = [group.desirable for group in trainer.dataset["train"].groups]
     assert labels == [True, False] * len(ROWS)
 
 

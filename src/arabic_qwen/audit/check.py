@@ -13,11 +13,12 @@ from typing import Any
 from arabic_qwen.audit.answer_checks import answer_findings, asked_dialect, nearly_equal, too_little_arabic
 from arabic_qwen.audit.duplicates import Duplicates, exact_key
 from arabic_qwen.audit.findings import CODES, Finding, Level
-from arabic_qwen.audit.rows import Conversation, known_method, method_of, read_row, row_texts
+from arabic_qwen.audit.rows import check_method, duplicate_text, read_row, row_texts
 from arabic_qwen.audit.statistics import Statistics
 from arabic_qwen.audit.text_checks import NORMALISED, Found, about_encoding, around, html_finding, text_findings
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.bad_rows import BadRow, RowError
+from arabic_qwen.data.conversations import Conversation
 from arabic_qwen.data.layouts import canonical
 from arabic_qwen.data.normalization import Normalizer
 from arabic_qwen.data.readers import Row
@@ -62,7 +63,7 @@ def check(
         ConfigurationError: no such method.
         DatasetError: a file does not exist or cannot be read.
     """
-    known_method(method)
+    check_method(method)
     doctor = _Doctor(Audit(list(files)), method, keep)
     rows = iter(watch(_read(files)))
     while batch := list(itertools.islice(rows, _BATCH)):
@@ -134,20 +135,21 @@ class _Doctor:
 
     def _read(self, values: dict[str, Any]) -> Conversation:
         """The row as training reads it: as it stands, and once normalised, when an answer may turn out to be empty."""
-        method = self._method or method_of(values) or "sft"
-        conversation = read_row(values, method)
+        conversation = read_row(values, self._method)
         texts = [message["content"] for message in conversation.messages]
-        if any(map(NORMALISED.search, (*texts, *conversation.rejected))):
+        if any(map(NORMALISED.search, (*texts, *conversation.answers[1:]))):
             (row,) = self._normalizer.rows([Row("", values)])
             assert isinstance(row, Row)
-            read_row(row.values, method)
+            read_row(row.values, self._method)
         return conversation
 
     def _check_dialects(self, rows: list[tuple[int, str, Conversation]]) -> None:
         asked = [
-            (where, dialect, row.answer)
+            (where, dialect, row.answers[0])
             for _, where, row in rows
-            if row.learned and (dialect := asked_dialect(row.question)) and len(row.answer.split()) >= _FEWEST_WORDS
+            if row.desirable[0]
+            and (dialect := asked_dialect(row.question))
+            and len(row.answers[0].split()) >= _FEWEST_WORDS
         ]
         if not asked:
             return
@@ -164,7 +166,7 @@ class _Doctor:
 
     def _remember(self, file: int, rows: list[tuple[tuple[int, str, Conversation], int]]) -> None:
         """For the search for duplicates: rows and their keys."""
-        self._duplicates.add(file, [row.text() for (_, _, row), _ in rows], [key for _, key in rows])
+        self._duplicates.add(file, [duplicate_text(row) for (_, _, row), _ in rows], [key for _, key in rows])
         for (_, where, row), _ in rows:
             name, line = place_of(where)
             self._files.append(self._order[name])
@@ -219,16 +221,16 @@ def _all_findings(row: Conversation) -> Iterator[Found]:
             meant = found.code == "mojibake" and message["role"] != "assistant" and about_encoding(prompts, answers)
             if not meant:
                 yield found
-    for answer in row.rejected:
+    for answer in row.answers[1:]:
         yield from text_findings(answer, "rejected answer")
-    if html := html_finding([*texts, *row.rejected]):
+    if html := html_finding([*texts, *row.answers[1:]]):
         yield html
-    if row.learned:
+    if row.desirable[0]:
         for position, message in enumerate(row.messages):
             if message["role"] == "assistant":
                 context = "\n".join(texts[:position])
                 yield from answer_findings(texts[position - 1], message["content"], context)
         if little := too_little_arabic(texts):
             yield little
-    if row.rejected and (equal := nearly_equal(row.question, row.answer, row.rejected)):
+    if row.answers[1:] and (equal := nearly_equal(row.question, row.answers[0], row.answers[1:])):
         yield equal

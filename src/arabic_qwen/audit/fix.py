@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from arabic_qwen.audit.check import place_of
 from arabic_qwen.audit.duplicates import exact_key
 from arabic_qwen.audit.findings import CODES
-from arabic_qwen.audit.rows import Conversation, known_method, method_of, read_row
+from arabic_qwen.audit.rows import check_method, read_row
 from arabic_qwen.audit.text_checks import (
     HTML,
     TEMPLATE_HEADING,
@@ -28,6 +28,7 @@ from arabic_qwen.audit.text_checks import (
 )
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.bad_rows import BadRow, RowError
+from arabic_qwen.data.conversations import Conversation
 from arabic_qwen.data.layouts import COLUMNS, canonical, role_of
 from arabic_qwen.data.readers import Row
 from arabic_qwen.data.sources import read_rows
@@ -72,7 +73,7 @@ def fix(
         ConfigurationError: no such method, or one of the three files exists already or cannot be written.
         DatasetError: the file cannot be read, or no row of it can be used.
     """
-    known_method(method)
+    check_method(method)
     if out.suffix != ".jsonl":
         raise ConfigurationError(f"{out}: rows are written as JSON Lines; give a name that ends in .jsonl")
     targets = [out, out.with_suffix(".changes.jsonl"), out.with_suffix(".dropped.jsonl")]
@@ -180,11 +181,11 @@ class _Fixer:
         return values, changes
 
     def _read(self, values: dict[str, Any]) -> Conversation:
-        return read_row(values, self._method or method_of(values) or "sft")
+        return read_row(values, self._method)
 
 
 def _texts(row: Conversation) -> list[str]:
-    return [*(message["content"] for message in row.messages), *row.rejected]
+    return [*(message["content"] for message in row.messages), *row.answers[1:]]
 
 
 def _repair_texts(values: dict[str, Any], html: bool = False) -> tuple[dict[str, Any], list[Change]]:

@@ -2,92 +2,77 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from arabic_qwen.audit.answer_checks import asked_dialect
 from arabic_qwen.audit.duplicates import Text
 from arabic_qwen.audit.statistics import RowTexts, Statistics
-from arabic_qwen.config import SFTConfig
+from arabic_qwen.config import BaseConfig, SFTConfig
 from arabic_qwen.data.bad_rows import BadRow, RowError
-from arabic_qwen.data.conversations import Message, to_conversation
-from arabic_qwen.data.layouts import recognise
-from arabic_qwen.data.preferences import Preference, to_contrast, to_feedback, to_measured_pair, to_pair
+from arabic_qwen.data.conversations import Conversation, read_conversation
+from arabic_qwen.data.layouts import RowKind, recognise
+from arabic_qwen.data.preferences import to_contrast, to_feedback
 from arabic_qwen.data.sources import read_rows
-from arabic_qwen.errors import ConfigurationError, DatasetError
+from arabic_qwen.errors import DatasetError
+from arabic_qwen.methods.registry import METHODS, known_method
 from arabic_qwen.text.normalization import fold
 
 _CHUNK = 1000  # rows counted at a time
 _HEAD = 1 << 20  # bytes
 
-_PREFERENCES: dict[str, Callable[[dict[str, Any]], Preference]] = {
-    "dpo": to_pair,
-    "ipo": to_measured_pair,
-    "cpo": to_contrast,
-    "simpo": to_pair,
-    "orpo": to_pair,
-    "kto": to_feedback,
+# How rows are read whose method is not given.
+_READERS: dict[RowKind, Callable[[dict[str, Any]], Conversation]] = {
+    "conversation": read_conversation,
+    "pair": to_contrast,
+    "contrast": to_contrast,
+    "feedback": to_feedback,
 }
-_METHODS = ("sft", *_PREFERENCES)
 
 
-class Conversation(NamedTuple):
-    """A row as training reads it."""
-
-    messages: list[Message]  # the last is the answer, the chosen one where there are several
-    rejected: list[str]
-    learned: bool  # whether the answer is to be learned: not with KTO's label false
-
-    @property
-    def question(self) -> str:
-        return self.messages[-2]["content"]
-
-    @property
-    def answer(self) -> str:
-        return self.messages[-1]["content"]
-
-    def text(self) -> Text:
-        """What is compared to find duplicates. Rows with different system prompts are of different kinds."""
-        system = self.messages[0]["content"] if self.messages[0]["role"] == "system" else ""
-        before = "\n".join(message["content"] for message in self.messages[:-1] if message["role"] != "system")
-        kind = f"{self.learned} {asked_dialect(self.question)} {fold(system)}"
-        return Text.of(before, "\n".join([self.answer, *self.rejected]), kind)
-
-
-def known_method(method: str) -> None:
+def check_method(method: str) -> None:
     """Raise ConfigurationError where there is no such method; "" is fine."""
-    if method and method not in _METHODS:
-        raise ConfigurationError(f"--method {method}: unknown method; choose one of {', '.join(_METHODS)}")
+    if method:
+        known_method(method, "--method")
 
 
-def method_of(values: dict[str, Any]) -> str:
-    """The method that rows of these columns are for, cpo for all pairs; "" where there is none."""
-    layout = recognise(values)
-    if layout is None:
-        return ""
-    return "cpo" if "cpo" in layout.methods else layout.methods[0]
+def read_row(values: dict[str, Any], method: str = "") -> Conversation:
+    """What is learned of the row.
 
-
-def read_row(values: dict[str, Any], method: str) -> Conversation:
-    """The row's conversation.
+    Args:
+        values: of its columns.
+        method: that reads it; "": as its columns say.
 
     Raises:
         RowError: the row cannot be trained on.
     """
-    if method == "sft":
-        return Conversation(to_conversation(values), [], True)
-    preference = _PREFERENCES[method](values)
-    answer = {"role": "assistant", "content": preference.answers[0]}
-    return Conversation([*preference.prompt, answer], preference.answers[1:], preference.label)
+    if method:
+        return METHODS[method].reader(values, _defaults(method))[0]
+    layout = recognise(values)
+    return _READERS[layout.kind if layout else "conversation"](values)
+
+
+@functools.cache
+def _defaults(method: str) -> BaseConfig:
+    return METHODS[method].config()
+
+
+def duplicate_text(row: Conversation) -> Text:
+    """What is compared to find duplicates. Rows with different system prompts are of different kinds."""
+    system = row.prompt[0]["content"] if row.prompt[0]["role"] == "system" else ""
+    before = "\n".join(message["content"] for message in row.prompt if message["role"] != "system")
+    kind = f"{row.desirable[0]} {asked_dialect(row.question)} {fold(system)}"
+    return Text.of(before, "\n".join(row.answers), kind)
 
 
 def row_texts(row: Conversation) -> RowTexts:
     turns = sum(message["role"] == "user" for message in row.messages)
-    return RowTexts(row.question, (row.answer, *row.rejected), turns)
+    return RowTexts(row.question, tuple(row.answers), turns)
 
 
 @dataclass
@@ -106,13 +91,13 @@ def read_texts(files: Sequence[str], method: str = "") -> Iterator[RowTexts | Ba
         DatasetError: a file does not exist or cannot be read.
         ConfigurationError: there is no such method.
     """
-    known_method(method)
+    check_method(method)
     for row in read_rows(SFTConfig(), list(files)):
         if isinstance(row, BadRow):
             yield row
             continue
         try:
-            yield row_texts(read_row(row.values, method or method_of(row.values) or "sft"))
+            yield row_texts(read_row(row.values, method))
         except RowError as error:
             yield BadRow(row.where, str(error), row.values)
 

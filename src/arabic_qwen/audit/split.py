@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from arabic_qwen.audit.fix import AtomicFile
-from arabic_qwen.audit.rows import known_method, method_of, read_row
+from arabic_qwen.audit.rows import check_method, read_row
 from arabic_qwen.config import SFTConfig
 from arabic_qwen.data.bad_rows import BadRow, RowError
 from arabic_qwen.data.readers import Row
@@ -56,7 +56,7 @@ def split(
         ConfigurationError: a file exists already or cannot be written, or there is no such method.
         DatasetError: the file cannot be read, or has too few rows for two parts.
     """
-    known_method(method)
+    check_method(method)
     made = Split({part: folder / f"{part}.jsonl" for part in PARTS})
     for path in made.files.values():
         if os.path.lexists(path):
@@ -83,16 +83,16 @@ def split(
         )
 
     with contextlib.ExitStack() as stack:
-        parts = {part: AtomicFile(path, stack) for part, path in made.files.items()}
+        written = {part: AtomicFile(path, stack) for part, path in made.files.items()}
         for row, group, dialect in zip(read_rows(SFTConfig(), file), groups, dialects, strict=True):
             if group is None or isinstance(row, BadRow):
                 made.bad_rows += 1
                 continue
             part = PARTS[group in held_out]
-            parts[part].write(row.values)
+            written[part].write(row.values)
             made.dialects[part][dialect] += 1
-        for part in parts.values():
-            part.keep()
+        for file_of_part in written.values():
+            file_of_part.keep()
     return made
 
 
@@ -101,11 +101,11 @@ def _prompt_and_answer(row: Row | BadRow, method: str) -> tuple[str, str] | None
     if isinstance(row, BadRow):
         return None
     try:
-        conversation = read_row(row.values, method or method_of(row.values) or "sft")
+        conversation = read_row(row.values, method)
     except RowError:
         return None
-    before = [message["content"] for message in conversation.messages[:-1] if message["role"] != "system"]
-    return "\n".join(before), conversation.answer
+    before = [message["content"] for message in conversation.prompt if message["role"] != "system"]
+    return "\n".join(before), conversation.answers[0]
 
 
 def _digest(prompt: str) -> bytes:

@@ -165,7 +165,7 @@ def token_counts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> It
         yield from map(len, tokenizer(batch, add_special_tokens=False, return_attention_mask=False).input_ids)
 
 
-def _changes(texts: Sequence[str], places: Iterable[int], rules: dict[str, Setting]) -> Iterator[tuple[int, str]]:
+def _changes(texts: Sequence[str], places: Iterable[int], rules: dict[str, Any]) -> Iterator[tuple[int, str]]:
     """(place, text after) of those of the texts in these places that normalising with these rules changes."""
     for place in places:
         after = normalize(texts[place], **rules)

@@ -14,8 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
-from arabic_qwen.commands.data import data
+from arabic_qwen.commands.data import Plugin, data
 from arabic_qwen.errors import ConfigurationError, DatasetError, OutputError, TrainingError
+from arabic_qwen.methods.registry import METHODS, known_method, load_plugins
 from arabic_qwen.redaction import RedactedStream
 from arabic_qwen.terminal import Formatter, displayed, isolated
 
@@ -48,6 +49,7 @@ _GPU_HELP = (
 )
 
 Model = Annotated[str, typer.Argument(help="Hub id, model folder, or the output folder of a run")]
+_METHOD_HELP = f"Training method: {', '.join(METHODS)}, or one of a --plugin"
 
 
 @app.command(epilog="Example: arabic-qwen doctor")
@@ -87,30 +89,23 @@ def quickstart(
 
 
 @app.command(epilog="Example: arabic-qwen init dpo > dpo.yaml")
-def init(method: Annotated[str, typer.Argument(help="Training method, for example sft")]) -> None:
+def init(method: Annotated[str, typer.Argument(help=_METHOD_HELP)], plugin: Plugin = None) -> None:
     """Print a commented YAML file with every setting of a method and its default."""
-    from arabic_qwen.config import METHOD_CONFIGS
-
-    print(METHOD_CONFIGS[_known(method)].commented_yaml(), end="")
+    load_plugins(plugin or [])
+    print(known_method(method).config.commented_yaml(), end="")
 
 
 @app.command(epilog="Example: arabic-qwen schema sft > sft.schema.json")
 def schema(
-    method: Annotated[str, typer.Argument(help="Training method; default: all, told apart by `method`")] = "",
+    method: Annotated[str, typer.Argument(help=f"{_METHOD_HELP}; default: all, told apart by `method`")] = "",
+    plugin: Plugin = None,
 ) -> None:
     """Print the JSON Schema of configuration files, by which editors complete and check YAML."""
+    load_plugins(plugin or [])
     from arabic_qwen.config.schema import any_schema, method_schema
 
-    found = method_schema(_known(method)) if method else any_schema()
+    found = method_schema(known_method(method).name) if method else any_schema()
     print(json.dumps(found, ensure_ascii=False, indent=2))
-
-
-def _known(method: str) -> str:
-    from arabic_qwen.config import METHOD_CONFIGS
-
-    if method not in METHOD_CONFIGS:
-        raise ConfigurationError(f"{method}: unknown method; choose one of {', '.join(METHOD_CONFIGS)}")
-    return method
 
 
 @app.command(epilog="Example: arabic-qwen train sft.yaml learning_rate=1e-4 --dry-run")
@@ -120,9 +115,11 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check model, data and settings, measure one batch, write nothing")
     ] = False,
+    plugin: Plugin = None,
 ) -> None:
     """Train as a YAML file says; a run that was stopped goes on where it was."""
     _set_up_output()
+    load_plugins(plugin or [])
     from arabic_qwen.config import load_config
 
     settings = load_config(config, overrides)
@@ -164,9 +161,11 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs that win over the file")] = None,
     gpu: Annotated[list[str] | None, typer.Option(help=_GPU_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object and nothing else")] = False,
+    plugin: Plugin = None,
 ) -> None:
     """Estimate memory, speed and time of a run, here and on GPUs by name, and what to change where it does not fit."""
     _set_up_output()
+    load_plugins(plugin or [])
     from arabic_qwen.config import load_config
 
     settings = load_config(config, overrides)  # what is misspelt is said before PyTorch is loaded
@@ -192,9 +191,11 @@ def chat(
     temperature: Annotated[
         float, typer.Option(help="Sampling temperature; 0: always the likeliest token", min=0)
     ] = 0.0,
+    plugin: Plugin = None,
 ) -> None:
     """Talk to a model, one line a turn; /help lists what else can be said, Ctrl-D ends it."""
     _set_up_output()
+    load_plugins(plugin or [])
     from arabic_qwen.commands.chat import Chat
 
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -211,6 +212,7 @@ def compare(
     blind: Annotated[bool, typer.Option(help="Rate answers without knowing which is which")] = False,
     ratings: Annotated[Path | None, typer.Option(help="Where ratings are kept; default: MODEL/ratings.jsonl")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list and nothing else")] = False,
+    plugin: Plugin = None,
 ) -> None:
     """Show answers of a trained model beside those it gave before training."""
     if blind and as_json:
@@ -218,6 +220,7 @@ def compare(
             "--json: cannot be used with --blind, which asks on the terminal; leave one of them out"
         )
     _set_up_output()
+    load_plugins(plugin or [])
     from arabic_qwen.commands import compare as comparison
 
     compared = comparison.compare(model, prompt or [], prompts, count, max_length)

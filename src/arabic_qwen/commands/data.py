@@ -11,6 +11,8 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from arabic_qwen.methods.registry import load_plugins, methods_of
+
 T = TypeVar("T")
 
 _EXAMPLES_OF_PAGE = 100  # of each code
@@ -21,22 +23,28 @@ data = typer.Typer(
 
 Files = Annotated[list[str], typer.Argument(help="Data files, folders or hub ids; sample:sft is one that comes along")]
 Method = Annotated[str, typer.Option(help="Read rows as this training method does; default: as their columns say")]
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(help="Python file that registers a training method of yours; may be given several times"),
+]
 Classifier = Annotated[str, typer.Option("--model", help="Dialect classifier that `data fit-dialects` wrote")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else")]
 
 
 @data.command(epilog="Example: arabic-qwen data layouts")
-def layouts(as_json: AsJson = False) -> None:
+def layouts(as_json: AsJson = False, plugin: Plugin = None) -> None:
     """List the columns that rows may have, for which methods, with an example row and public sets that use them."""
+    load_plugins(plugin or [])
     from arabic_qwen.data.layouts import LAYOUTS
     from arabic_qwen.terminal import isolated
 
     if as_json:
-        print(json.dumps([layout._asdict() for layout in LAYOUTS], ensure_ascii=False, indent=2))
+        listed = [layout._asdict() | {"methods": methods_of(layout.kind)} for layout in LAYOUTS]
+        print(json.dumps(listed, ensure_ascii=False, indent=2))
         return
     for layout in LAYOUTS:
         print(f"{' + '.join(layout.columns)}  (also {', '.join(layout.optional)})")
-        print(f"  methods  {', '.join(layout.methods)}")
+        print(f"  methods  {', '.join(methods_of(layout.kind))}")
         if layout.sets:
             print(f"  sets     {', '.join(layout.sets)}")
         print(f"  example  {isolated(json.dumps(layout.example, ensure_ascii=False), 11)}\n")
@@ -47,11 +55,13 @@ def layouts(as_json: AsJson = False) -> None:
 def check(
     files: Files,
     method: Method = "",
+    plugin: Plugin = None,
     as_json: AsJson = False,
     html: Annotated[Path | None, typer.Option(help="Write a page for the browser, too")] = None,
     max_examples: Annotated[int, typer.Option(help="RowLocations shown of each finding", min=0)] = 2,
 ) -> None:
     """Find what is wrong with data; several files are splits of one set. Exit 1 where a row cannot be trained on."""
+    load_plugins(plugin or [])
     from arabic_qwen.audit import report
     from arabic_qwen.audit.check import check as examine
     from arabic_qwen.audit.rows import expected_rows
@@ -84,8 +94,10 @@ def fix(
     file: Annotated[str, typer.Argument(help="Data file, folder or hub id")],
     out: Annotated[Path, typer.Argument(help="New file, *.jsonl; what was changed and left out is written beside it")],
     method: Method = "",
+    plugin: Plugin = None,
 ) -> None:
     """Repair what is safe to repair, in a new file; rows that stay unusable and exact duplicates are left out."""
+    load_plugins(plugin or [])
     from arabic_qwen.audit.fix import fix as repair
     from arabic_qwen.audit.fix import summary
     from arabic_qwen.audit.rows import expected_rows
@@ -98,10 +110,12 @@ def fix(
 def stats(
     files: Files,
     method: Method = "",
+    plugin: Plugin = None,
     html: Annotated[Path | None, typer.Option(help="Write them as a page for the browser, too")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what data consists of: lengths, scripts, dialects, diacritics, duplicates."""
+    load_plugins(plugin or [])
     from arabic_qwen.audit import report
     from arabic_qwen.audit.rows import expected_rows, measure, read_texts
     from arabic_qwen.audit.tables import statistics_tables
@@ -126,10 +140,12 @@ def tokens(
         typer.Option(help="Folder or hub id; may be given several times. Default: the embedded model's"),
     ] = None,
     method: Method = "",
+    plugin: Plugin = None,
     sample: Annotated[int, typer.Option(help="Rows at most: a seeded choice where there are more", min=1)] = 20_000,
     as_json: AsJson = False,
 ) -> None:
     """Say what the texts cost in tokens, by dialect and diacritics, and what normalising would save."""
+    load_plugins(plugin or [])
     from rich.console import Console
 
     from arabic_qwen.audit.rows import expected_rows, read_texts, sample_rows
@@ -156,9 +172,11 @@ def dialects(
     files: Files,
     model: Classifier = "",
     method: Method = "",
+    plugin: Plugin = None,
     as_json: AsJson = False,
 ) -> None:
     """Say which dialects questions and answers are in, and where an answer is in another one than its question."""
+    load_plugins(plugin or [])
     from arabic_qwen.audit.dialects import dialect_report
     from arabic_qwen.audit.rows import expected_rows, read_texts
     from arabic_qwen.audit.tables import dialects_tables
@@ -196,9 +214,11 @@ def split(
     share: Annotated[float, typer.Option(help="Share of the rows for validation", min=0, max=1)] = 0.1,
     seed: Annotated[int, typer.Option(help="Of the choice")] = 42,
     method: Method = "",
+    plugin: Plugin = None,
     model: Classifier = "",
 ) -> None:
     """Split data in two with the same share of each dialect; rows with the same question stay together."""
+    load_plugins(plugin or [])
     from arabic_qwen.audit.rows import expected_rows
     from arabic_qwen.audit.split import split as divide
     from arabic_qwen.audit.tables import split_tables

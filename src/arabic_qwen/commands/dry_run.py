@@ -137,8 +137,9 @@ def _cost_lines(engine: PackedTrainer, config: BaseConfig) -> list[str]:
     ]
     if measured.resident is None or measured.peak is None:
         return [*lines, "memory     this system does not tell what is used"]
-    gradients = sum(parameter.nbytes for parameter in engine.model.parameters() if parameter.requires_grad)
-    optimizer = moment_bytes(engine.model, config.optim == "adamw_8bit")
+    model: Any = engine.model
+    gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    optimizer = moment_bytes(model, config.optim == "adamw_8bit")
     largest = max(len(batch.input_ids) for batch in first.batches)
     growing = max(0, measured.peak - measured.resident - gradients) * max(1.0, largest / measured.tokens)
     total = measured.resident + gradients + growing + optimizer
@@ -155,7 +156,7 @@ def _begin(engine: PackedTrainer, callback: TrainerCallback) -> None:
     engine.callback_handler.callbacks = [callback]
     with contextlib.suppress(_Stop):
         engine.train()
-    engine.model.zero_grad()  # sets gradients to None
+    engine.optimizer.zero_grad()  # sets gradients to None
 
 
 def _measure(engine: PackedTrainer) -> Measured:

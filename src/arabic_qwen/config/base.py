@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import pydantic
@@ -90,8 +91,20 @@ def _check_diacritics(value: Any) -> Any:
 Diacritics = Annotated[DiacriticsSetting | dict[str, DiacriticsSetting], BeforeValidator(_check_diacritics)]
 
 
-#: The configuration class of each method; a class that names its `method` is listed by that.
-METHOD_CONFIGS: dict[str, type[BaseConfig]] = {}
+#: (whether a setting acts in a configuration, why it does not where it does not)
+Condition = tuple[Callable[[Any], bool], str]
+
+_OF_ADAPTERS = (
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+    "lora_bias",
+    "merge_and_save",
+)
 
 
 class BaseConfig(BaseModel):
@@ -113,6 +126,28 @@ class BaseConfig(BaseModel):
         "evaluation_strategy": "Evaluation and saving",
         "logging_steps": "Logging",
         "dataloader_num_workers": "Data loading and several GPUs",
+    }
+
+    #: Settings that act only where others let them: (whether it acts, why it does not).
+    acts_where: ClassVar[dict[str, Condition]] = {
+        **dict.fromkeys(_OF_ADAPTERS, (lambda config: config.use_lora, "use_lora is false")),
+        "response_template": (
+            lambda config: config.instruction_template == "alpaca",
+            "it belongs to instruction_template alpaca",
+        ),
+        "validation_split": (lambda config: config.eval_dataset_path is None, "eval_dataset_path names other rows"),
+        "num_train_epochs": (lambda config: config.max_steps is None, "max_steps says how long training is"),
+        "warmup_ratio": (
+            lambda config: config.lr_scheduler_type != "constant",
+            "lr_scheduler_type constant has no warm-up",
+        ),
+        "eval_steps": (lambda config: config.evaluation_strategy == "steps", "evaluation_strategy is not steps"),
+        "save_steps": (lambda config: config.save_strategy == "steps", "save_strategy is not steps"),
+        "metric_for_best_model": (lambda config: config.load_best_model_at_end, "load_best_model_at_end is false"),
+        "early_stopping_threshold": (
+            lambda config: config.early_stopping_patience is not None,
+            "early_stopping_patience is null",
+        ),
     }
 
     model_name: Text = Field(
@@ -282,11 +317,6 @@ class BaseConfig(BaseModel):
     ddp_find_unused_parameters: bool | None = Field(None, description="Passed to DistributedDataParallel")
     deepspeed: Text | None = Field(None, description="DeepSpeed configuration file")
 
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        if "method" in vars(cls):
-            METHOD_CONFIGS[cls.method] = cls
-
     def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
@@ -356,6 +386,16 @@ class BaseConfig(BaseModel):
                 refusals.append(message.removeprefix("input should be " if refusals else ""))
         lines = [start + " or ".join(dict.fromkeys(refusals)) + end for (start, end), refusals in problems.items()]
         return ConfigurationError("\n".join(lines))
+
+    def notices(self) -> list[str]:
+        """What to say of settings that differ from their default and do nothing, as the others are."""
+        said = []
+        for name, (acts, reason) in self.acts_where.items():
+            default = type(self).model_fields[name].get_default(call_default_factory=True)
+            value = getattr(self, name)
+            if value != default and not acts(self):
+                said.append(f"{name}: {value!r} does nothing here: {reason}")
+        return said
 
     @property
     def length_key(self) -> str:

@@ -1,9 +1,9 @@
-"""Turns each row of supervised data into a conversation, whatever its layout."""
+"""A row as a conversation: what is asked, and what the assistant answers; and rows of supervised data in any layout."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from arabic_qwen.data.bad_rows import RowError
 from arabic_qwen.data.layouts import LAYOUTS, MESSAGE_COLUMNS, canonical, recognise, role_of
@@ -12,7 +12,35 @@ from arabic_qwen.text.normalization import normalize
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
-_NEEDED = " or ".join(" + ".join(layout.columns) for layout in LAYOUTS if "sft" in layout.methods)
+
+class Conversation(NamedTuple):
+    """What a method learns of a row.
+
+    Attributes:
+        prompt: the messages before the answers; the last is the user's.
+        answers: of the assistant: one, or several to the same prompt.
+        desirable: of each answer, whether it is chosen or good, as opposed to rejected or bad.
+        lengths: of the answers, as the row gives them.
+        learns_turns: whether what the assistant says in the prompt is learned too.
+    """
+
+    prompt: list[Message]
+    answers: list[str]
+    desirable: tuple[bool, ...] = (True,)
+    lengths: tuple[float, ...] | None = None
+    learns_turns: bool = False
+
+    @property
+    def messages(self) -> list[Message]:
+        """With the first answer, which is the chosen one where there are several."""
+        return [*self.prompt, {"role": "assistant", "content": self.answers[0]}]
+
+    @property
+    def question(self) -> str:
+        return self.prompt[-1]["content"]
+
+
+_NEEDED = " or ".join(" + ".join(layout.columns) for layout in LAYOUTS if layout.kind == "conversation")
 
 # Answers that are none, in the spelling of profile `compare`. Short, and without what may be an answer: لا, لا يوجد, NA,
 # and None, null, nan, undefined or - to a question about code or data.
@@ -42,13 +70,13 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def to_conversation(values: dict[str, Any], system_prompt: str | None = None) -> list[Message]:
     """The row's messages in order, ending with an assistant turn.
 
-    `arabic_qwen.data.layouts.LAYOUTS` lists the layouts of method sft. A `system` column, or else `system_prompt`, is
+    `arabic_qwen.data.layouts.LAYOUTS` lists the layouts. A `system` column, or else `system_prompt`, is
     put before a conversation that does not start with a system message.
 
     Raises:
         RowError: no such layout, a field is missing, empty or no string, or turns do not alternate.
     """
-    layout = recognise(values, "sft")
+    layout = recognise(values, "conversation")
     if layout is None:
         raise wrong_columns(values, _NEEDED)
     values, _ = canonical(values)
@@ -70,13 +98,30 @@ def to_conversation(values: dict[str, Any], system_prompt: str | None = None) ->
     return messages
 
 
+def read_conversation(values: dict[str, Any], system_prompt: str | None = None) -> Conversation:
+    """The row's conversation, all of whose answers are learned.
+
+    Raises:
+        RowError: as :func:`to_conversation`.
+    """
+    messages = to_conversation(values, system_prompt)
+    return Conversation(messages[:-1], [messages[-1]["content"]], learns_turns=True)
+
+
+_KINDS = {
+    "conversation": "a conversation, for method sft",
+    "pair": "a preference, for method dpo and its relatives",
+    "contrast": "a preference with answers to avoid, for method cpo",
+    "feedback": "a labelled answer, for method kto",
+}
+
+
 def wrong_columns(values: dict[str, Any], needed: str) -> RowError:
     """What to say of a row that lacks columns."""
     layout = recognise(values)
     hint = "name yours in column_map (`arabic-qwen data layouts` shows all)"
     if layout:
-        *others, last = layout.methods
-        hint = f"such rows are for method{'s' if others else ''} {', '.join(others)}{' and ' if others else ''}{last}"
+        hint = f"such a row is {_KINDS[layout.kind]}"
     return RowError(f"has the columns {', '.join(values) or '(none)'}, but needs {needed}; {hint}")
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -16,19 +15,6 @@ from arabic_qwen.packing.group import Completion, Group
 
 _BY_RULE = "characters changed by "
 _SHOWN_LETTERS = 400  # of each stretch of the example that is shown
-
-
-@dataclasses.dataclass(slots=True)
-class Example:
-    """One row as groups, none where it cannot be used."""
-
-    key: str  # rows with the same key are held out together
-    source: int = 0  # which entry of dataset_path
-    groups: list[Group] = dataclasses.field(default_factory=list)
-    truncated: int = 0  # answers cut at the longest length
-    tokens_cut: int = 0
-    prompts_trimmed: int = 0  # prompts that lost their beginning at max_prompt_length
-    changes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # characters that normalising changed, by rule
 
 
 @dataclasses.dataclass
@@ -44,23 +30,6 @@ class GroupDataset(Sequence):
     changes: Counter[str] = dataclasses.field(default_factory=Counter)  # characters that it changed, by rule
     dialects: tuple[str, ...] = ()  # the groups' tags count through these, from 1
     places: RowLocations | None = None  # what the groups' rows mean
-
-    @classmethod
-    def of(cls, examples: Iterable[Example], places: RowLocations) -> GroupDataset:
-        used = [example for example in examples if example.groups]
-        changes: Counter[str] = Counter()
-        for example in used:
-            changes.update(example.changes)
-        return cls(
-            [group for example in used for group in example.groups],
-            rows=len(used),
-            truncated=sum(example.truncated for example in used),
-            tokens_cut=sum(example.tokens_cut for example in used),
-            prompts_trimmed=sum(example.prompts_trimmed for example in used),
-            rows_changed=sum(bool(example.changes) for example in used),
-            changes=changes,
-            places=places,
-        )
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -112,19 +81,6 @@ def describe_counts(counts: dict[str, int]) -> str:
         text += f"; normalised {count(sum(changes.values()), 'character')}"
         text += f" in {count(counts['rows_changed'], 'row')} ({rules})"
     return text
-
-
-def repeat(examples: Sequence[Example], weights: Sequence[float], seed: int) -> list[Example]:
-    """Each source's examples `weight` times, in order: whole copies, and a seeded choice for the fraction."""
-    if all(weight == 1 for weight in weights):
-        return list(examples)
-    times = [0] * len(examples)
-    for number, weight in enumerate(weights):
-        own = [position for position, example in enumerate(examples) if example.source == number]
-        chosen = set(random.Random(seed).sample(own, round(len(own) * (weight % 1))))
-        for position in own:
-            times[position] = int(weight) + (position in chosen)
-    return [example for example, copies in zip(examples, times, strict=True) for _ in range(copies)]
 
 
 def show_group(tokenizer: PreTrainedTokenizerBase, group: Group) -> str:

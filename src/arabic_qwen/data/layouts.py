@@ -1,4 +1,4 @@
-"""The layouts of rows that training reads: which columns, for which methods, and which public sets use them."""
+"""The layouts of rows that training reads: which columns, of what kind, and which public sets use them."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import ast
 import json
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import regex
 
 from arabic_qwen.data.bad_rows import RowError
 from arabic_qwen.text.normalization import normalize
 
-_PAIRS = ("dpo", "ipo", "cpo", "simpo", "orpo")
+#: What rows are: a conversation to learn; a prompt with an answer to prefer and one to avoid; one with any number of them to
+#: avoid; an answer with a label.
+RowKind = Literal["conversation", "pair", "contrast", "feedback"]
 
 
 class Layout(NamedTuple):
     """A kind of row, recognised by its columns; others that it does not name are ignored."""
 
     columns: tuple[str, ...]
-    methods: tuple[str, ...]
+    kind: RowKind
     example: dict[str, Any]
     optional: tuple[str, ...] = ()
     sets: tuple[str, ...] = ()  # public Arabic sets that use it
@@ -32,57 +34,63 @@ _Q, _A, _B = "ما عاصمة الأردن؟", "عمّان", "إربد"
 LAYOUTS = (
     Layout(
         ("messages",),
-        ("sft",),
+        "conversation",
         {"messages": [{"role": "user", "content": _Q}, {"role": "assistant", "content": _A}]},
         ("system",),
         ("MBZUAI-Paris/Egyptian-SFT-Mixture", "MBZUAI-Paris/Darija-SFT-Mixture"),
     ),
     Layout(
         ("conversations",),
-        ("sft",),
+        "conversation",
         {"conversations": [{"from": "human", "value": _Q}, {"from": "gpt", "value": _A}]},
         ("system",),
         ("2A2I/Arabic-OpenHermes-2.5", "FreedomIntelligence/alpaca-gpt4-arabic"),
     ),
-    Layout(("completion", "label"), ("kto",), {"prompt": _Q, "completion": _A, "label": True}, ("prompt", "system")),
-    Layout(("prompt", "completion"), ("sft",), {"prompt": _Q, "completion": _A}, ("system",)),
+    Layout(("completion", "label"), "feedback", {"prompt": _Q, "completion": _A, "label": True}, ("prompt", "system")),
+    Layout(("prompt", "completion"), "conversation", {"prompt": _Q, "completion": _A}, ("system",)),
     Layout(
         ("instruction", "response"),
-        ("sft",),
+        "conversation",
         {"instruction": _Q, "response": _A},
         ("input", "history", "system"),
     ),
     Layout(
         ("instruction", "output"),
-        ("sft",),
+        "conversation",
         {"instruction": "ترجم إلى العربية", "input": "Hello", "output": "مرحبًا"},
         ("input", "history", "system"),
         ("arbml/CIDAR", "ClusterlabAi/InstAr-500k", "MBZUAI/Bactrian-X"),
     ),
     Layout(
         ("inputs", "targets"),
-        ("sft",),
+        "conversation",
         {"inputs": _Q, "targets": _A},
         ("system",),
         ("CohereLabs/aya_dataset", "CohereLabs/aya_collection", "2A2I/Arabic_Aya"),
     ),
     Layout(
         ("prompt", "chosen", "rejected"),
-        _PAIRS,
+        "pair",
         {"prompt": _Q, "chosen": _A, "rejected": _B},
         ("hard_negatives", "chosen_length", "rejected_length", "system"),
         ("HeshamHaroon/arabic-dialect-dpo", "2A2I/Aya-Aya.23.8B-DPO", "2A2I/Aya-Command.R-DPO"),
     ),
     Layout(
         ("instruction", "chosen", "rejected"),
-        _PAIRS,
+        "pair",
         {"instruction": _Q, "chosen": _A, "rejected": _B},
         ("input", "hard_negatives", "chosen_length", "rejected_length", "system"),
         ("FreedomIntelligence/Arabic-preference-data-RLHF",),
     ),
     Layout(
+        ("prompt", "chosen", "hard_negatives"),
+        "contrast",
+        {"prompt": _Q, "chosen": _A, "hard_negatives": [_B]},
+        ("system",),
+    ),
+    Layout(
         ("chosen", "rejected"),
-        _PAIRS,
+        "pair",
         {
             side: [{"role": "user", "content": _Q}, {"role": "assistant", "content": answer}]
             for side, answer in (("chosen", _A), ("rejected", _B))
@@ -124,10 +132,10 @@ _TRANSLATED_ROLES = {
 }
 
 
-def recognise(columns: Iterable[str], method: str = "") -> Layout | None:
-    """The layout of a row with these columns: of a method, or of any."""
+def recognise(columns: Iterable[str], kind: RowKind | None = None) -> Layout | None:
+    """The layout of a row with these columns: of a kind, or of any."""
     names = set(columns)
-    return next((x for x in LAYOUTS if names.issuperset(x.columns) and (not method or method in x.methods)), None)
+    return next((x for x in LAYOUTS if names.issuperset(x.columns) and kind in (None, x.kind)), None)
 
 
 @lru_cache(maxsize=1000)

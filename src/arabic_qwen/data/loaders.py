@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -9,10 +11,11 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -20,16 +23,16 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from arabic_qwen.config.data import data_sources, describe
+from arabic_qwen.data.auxiliary import Auxiliary, two_prompts
 from arabic_qwen.data.bad_rows import BAD_ROWS_FILE, BadRow, BadRows
-from arabic_qwen.data.conversations import Message, to_conversation
-from arabic_qwen.data.dataset import Example, GroupDataset, repeat, show_group
+from arabic_qwen.data.conversations import Conversation, Message
+from arabic_qwen.data.dataset import GroupDataset, show_group
 from arabic_qwen.data.locations import RowLocations
 from arabic_qwen.data.normalization import Normalizer
-from arabic_qwen.data.preferences import Preference, to_contrast, to_feedback, to_measured_pair, to_pair
 from arabic_qwen.data.readers import Row, Rows
 from arabic_qwen.data.sources import data_seed, identity, read_rows
 from arabic_qwen.data.stream import GroupStream
-from arabic_qwen.data.templates import Piece, encode_pieces, render_answer, render_pieces, render_prompt
+from arabic_qwen.data.templates import Piece, encode_pieces, render_conversation, render_prompt
 from arabic_qwen.errors import ConfigurationError, DatasetError
 from arabic_qwen.packing.group import Completion, Group
 
@@ -40,26 +43,39 @@ _CHUNK = 1000  # rows tokenised at a time
 T = TypeVar("T")
 
 
-class Draft(NamedTuple):
-    """A group before it is tokenised: the pieces of each completion, which begin with the same prompt."""
+@dataclasses.dataclass(slots=True)
+class _EncodedRow:
+    """A row as groups, none where it cannot be used, and what was done to it."""
 
-    completions: list[list[Piece]]
-    label: bool = True
-    lengths: tuple[float, ...] | None = None
+    key: str  # rows with the same key are held out together
+    source: int = 0  # which entry of dataset_path
+    groups: list[Group] = dataclasses.field(default_factory=list)
+    truncated: int = 0  # answers cut at the longest length
+    tokens_cut: int = 0
+    prompts_trimmed: int = 0  # prompts that lost their beginning at max_prompt_length
+    changes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # characters that normalising changed, by rule
 
 
 class DataLoader:
-    """Reads, checks, splits and encodes; a subclass says how a row becomes drafts.
+    """Reads, checks, splits and encodes.
 
     Args:
         config: paths, split, template and length settings.
         tokenizer: with the chat template to train on.
+        reader: (a row's values, config) -> its conversations.
+        auxiliary: gives groups their auxiliary completions; None: they get none.
 
     Attributes:
         check_columns: whether the columns that `diacritics` names must be there; not where an earlier run named them.
     """
 
-    def __init__(self, config: Any, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        config: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        reader: Callable[[dict[str, Any], Any], Sequence[Conversation]],
+        auxiliary: Auxiliary | None = None,
+    ):
         self.config = config
         self.tokenizer = tokenizer
         self._length_key: str = config.length_key
@@ -69,6 +85,9 @@ class DataLoader:
         self._places = RowLocations()
         self._normalizer = Normalizer(config)
         self._reported = False
+        self._reader = reader
+        self._auxiliary = auxiliary
+        self._earlier: list[Group] = []  # of the windows before
 
     def check_length(self, model: str, positions: int) -> None:
         """Warn where examples may be longer than what `model` was made for, in tokens."""
@@ -80,20 +99,19 @@ class DataLoader:
                 positions,
             )
 
-    def _drafts(self, values: dict[str, Any], example: Example) -> list[Draft]:
-        """The groups of a row whose texts are normalised. Raises ValueError where the row cannot be used."""
-        raise NotImplementedError
-
     def prompt(self, values: dict[str, Any]) -> list[Message]:
         """The row's conversation before its last answer. Raises ValueError where the row cannot be used."""
-        raise NotImplementedError
+        return self._reader(values, self.config)[0].prompt
 
-    def _split_key(self, row: Row) -> str:
-        """Rows with the same key are held out together."""
+    def _key(self, row: Row | BadRow) -> str:
+        """Rows with the same key are held out together.
+
+        Of preferences the prompt: a pair whose prompt is trained on in another pair is not unseen.
+        """
+        if isinstance(row, Row):
+            with contextlib.suppress(ValueError):
+                return _key_of(row, self._reader(row.values, self.config))
         return row.where
-
-    def _finish(self, dataset: GroupDataset) -> None:
-        """What needs the whole split."""
 
     def load(self) -> dict[str, Any]:
         """Read, check, encode and split: {"train": …, "validation": …}, without the latter where it has no rows.
@@ -123,26 +141,42 @@ class DataLoader:
             if not len(splits["train"]):
                 raise DatasetError(f"{describe(config.dataset_path)}: no rows are left to train on")
             self._report("train", splits["train"])
-        if len(held_out := GroupDataset.of(validation, self._places)):
-            self._finish(held_out)
+        if len(held_out := _dataset(validation, self._places)):
+            self._add_auxiliary(held_out)
             splits["validation"] = held_out
             self._report("validation", held_out)
         if len(self.bad_rows):
             logger.warning("bad rows: %s", self.bad_rows.summary())
         return splits
 
-    def _train_set(self, examples: list[Example]) -> GroupDataset:
+    def _train_set(self, examples: list[_EncodedRow]) -> GroupDataset:
         weights = [source.weight for source in data_sources(self.config.dataset_path)]
-        dataset = GroupDataset.of(repeat(examples, weights, data_seed(self.config)), self._places)
+        dataset = _dataset(_repeat(examples, weights, data_seed(self.config)), self._places)
         if len(dataset):
-            self._finish(dataset)
+            self._add_auxiliary(dataset)
+            if self._auxiliary and not dataset[0].auxiliary:
+                raise DatasetError(
+                    f"{describe(self.config.dataset_path)}: {self.config.method.upper()} compares answers with those to other "
+                    "prompts, but all rows to train on have the same prompt; add rows with other prompts"
+                )
         return dataset
+
+    def _add_auxiliary(self, dataset: GroupDataset) -> None:
+        if self._auxiliary:
+            seed = data_seed(self.config)
+            dataset.groups = self._auxiliary(dataset.groups, self._earlier, self.max_tokens, seed)
+            self._earlier = two_prompts(dataset.groups)
 
     def _stream_rows(self) -> Rows:
         return read_rows(self.config, self.config.dataset_path, stream=True)
 
     def _encode_window(self, rows: list[Row | BadRow], carried: Any) -> tuple[GroupDataset, Any]:
         """The window, and what the next one needs of those before, as JSON can hold it."""
+        if carried is not None:
+            self._earlier = [
+                Group(np.array(prompt, np.int32), (Completion(np.array(ids, np.int32), np.array(targets, bool)),))
+                for prompt, ids, targets in carried
+            ]
         examples = list(self._examples(self._normalizer.rows(rows), self.bad_rows))
         if self.check_columns and (problem := self._normalizer.missing_columns()):
             logger.warning("%s (so far; later rows may have others)", problem)
@@ -151,7 +185,8 @@ class DataLoader:
         dataset = self._train_set(examples)
         if not self._reported and len(dataset):
             self._report("train, the first rows", dataset)
-        return dataset, None
+        answers = [(group.prompt, *group.completions[0][:2]) for group in self._earlier]
+        return dataset, [[part.tolist() for part in answer] for answer in answers] or None
 
     def _report(self, name: str, dataset: GroupDataset) -> None:
         logger.info("%s: %s", name, dataset.summary())
@@ -162,7 +197,7 @@ class DataLoader:
             logger.info("first training example, what is learned in ⟦ ⟧:\n%s", shown)
             self._reported = True
 
-    def _read(self, dataset_path: Any) -> list[Example]:
+    def _read(self, dataset_path: Any) -> list[_EncodedRow]:
         """Rows are encoded as they are read, and not kept."""
         examples = self._examples(self._rows(dataset_path), self.bad_rows)
         return list(track(examples, "Tokenising", disable=not sys.stderr.isatty(), transient=True))
@@ -186,9 +221,6 @@ class DataLoader:
     def _hold_out(self, rows: list[T], keys: list[str]) -> tuple[list[T], list[T]]:
         return split_rows(rows, self.config.validation_split, data_seed(self.config), keys)
 
-    def _key(self, row: Row | BadRow) -> str:
-        return self._split_key(row) if isinstance(row, Row) else row.where
-
     def encode(self, rows: Iterable[Row | Mapping[str, Any]] | str | os.PathLike) -> GroupDataset:
         """Encode rows, plain dicts (a `datasets.Dataset` too), or what a path or hub id names.
 
@@ -200,51 +232,54 @@ class DataLoader:
             row if isinstance(row, (Row, BadRow)) else Row(f"row {i}", dict(row)) for i, row in enumerate(given)
         )
         bad_rows = BadRows()
-        dataset = GroupDataset.of(list(self._examples(self._normalizer.rows(numbered), bad_rows)), self._places)
+        dataset = _dataset(list(self._examples(self._normalizer.rows(numbered), bad_rows)), self._places)
         bad_rows.check()
-        self._finish(dataset)
+        self._add_auxiliary(dataset)
         return dataset
 
-    def _examples(self, rows: Iterable[Row | BadRow], bad_rows: BadRows) -> Iterator[Example]:
+    def _examples(self, rows: Iterable[Row | BadRow], bad_rows: BadRows) -> Iterator[_EncodedRow]:
         """Encode what can be encoded; the rest goes to `bad_rows` and comes as examples without groups."""
         rows = iter(rows)
         while chunk := list(itertools.islice(rows, _CHUNK)):
             yield from self._encode(chunk, bad_rows)
 
-    def _encode(self, rows: list[Row | BadRow], bad_rows: BadRows) -> list[Example]:
-        examples = [
-            Example(self._key(row), row.source, changes=row.changes) if isinstance(row, Row) else Example(row.where)
-            for row in rows
-        ]
-        drafted: list[tuple[Row | BadRow, list[Draft]]] = []
-        for row, example in zip(rows, examples, strict=True):
-            drafts: list[Draft] = []
+    def _encode(self, rows: list[Row | BadRow], bad_rows: BadRows) -> list[_EncodedRow]:
+        encoded: list[_EncodedRow] = []
+        rendered: list[list[tuple[Conversation, list[list[Piece]]]]] = []  # of each row, its groups
+        problems: list[Row | BadRow] = list(rows)
+        for number, row in enumerate(rows):
+            encoded.append(_EncodedRow(row.where))
+            rendered.append([])
             if isinstance(row, Row):
+                encoded[-1].source, encoded[-1].changes = row.source, row.changes
                 try:
-                    drafts = self._drafts(row.values, example)
+                    conversations = self._reader(row.values, self.config)
+                    encoded[-1].key = _key_of(row, conversations)
+                    for conversation in conversations:
+                        trimmed = self._trim(conversation, encoded[-1])
+                        groups = render_conversation(self.tokenizer, trimmed)
+                        rendered[-1] += [(conversation, completions) for completions in groups]
                 except ValueError as error:
-                    row = _bad_row(row, error)
-            drafted.append((row, drafts))
-        pieces = [completion for _, drafts in drafted for draft in drafts for completion in draft.completions]
-        encoded = iter(encode_pieces(self.tokenizer, pieces))
-        for (row, drafts), example in zip(drafted, examples, strict=True):
-            place = self._places.encode(row.where)
-            groups = [_join(draft, [next(encoded) for _ in draft.completions], place) for draft in drafts]
+                    rendered[-1], problems[number] = [], _bad_row(row, error)
+        pieces = [completion for groups in rendered for _, completions in groups for completion in completions]
+        tokens = iter(encode_pieces(self.tokenizer, pieces))
+        for number, (parts, result) in enumerate(zip(rendered, encoded, strict=True)):
+            place = self._places.encode(rows[number].where)
+            joined = [_join(conversation, [next(tokens) for _ in own], place) for conversation, own in parts]
             try:
-                for group in groups:
-                    self._fit(group, example)
+                for group in joined:
+                    self._fit(group, result)
             except ValueError as error:
-                example.groups = []
-                row = _bad_row(row, error)
-            if isinstance(row, BadRow):
-                bad_rows.add(row)
-        return examples
+                result.groups, problems[number] = [], _bad_row(rows[number], error)
+            if isinstance(bad := problems[number], BadRow):
+                bad_rows.add(bad)
+        return encoded
 
-    def _fit(self, group: Group, example: Example) -> None:
-        """Add the group to the example, completions cut to the longest length. Raises ValueError where it cannot be."""
+    def _fit(self, group: Group, row: _EncodedRow) -> None:
+        """Add the group to the row, completions cut to the longest length. Raises ValueError where it cannot be."""
         room = self.max_tokens - len(group.prompt)
         kept, lost = [], []
-        for ids, targets in group.completions:
+        for ids, targets, desirable in group.completions:
             if room <= 0 or not targets[:room].any():
                 raise ValueError(
                     f"the prompt has {len(group.prompt)} tokens and leaves no room for an answer in "
@@ -252,67 +287,24 @@ class DataLoader:
                 )
             if len(ids) > room:
                 lost.append(len(ids) - room)
-            kept.append(Completion(ids[:room], targets[:room]))
+            kept.append(Completion(ids[:room], targets[:room], desirable))
         if any(np.array_equal(kept[0].ids, other.ids) for other in kept[1:]):
             raise ValueError(
                 f"chosen and rejected are the same once they are cut at {self._length_key}={self.max_tokens}"
             )
-        example.truncated += len(lost)
-        example.tokens_cut += sum(lost)
-        example.groups.append(group._replace(completions=tuple(kept)))
+        row.truncated += len(lost)
+        row.tokens_cut += sum(lost)
+        row.groups.append(group._replace(completions=tuple(kept)))
 
-
-def _bad_row(row: Row | BadRow, error: ValueError) -> BadRow:
-    """The row as it stands in its file, and why it cannot be used."""
-    if isinstance(row, BadRow):
-        return row
-    return BadRow(row.where, f"{error}{' (once normalised)' if row.changes else ''}", row.given or row.values)
-
-
-def _join(draft: Draft, parts: list[Group], row: int) -> Group:
-    """The draft's completions, which were encoded each with the same prompt, as one group."""
-    completions = tuple(part.completions[0] for part in parts)
-    return Group(parts[0].prompt, completions, draft.label, lengths=draft.lengths, row=row)
-
-
-class SFTDataLoader(DataLoader):
-    """Conversations; every turn of the assistant is learned."""
-
-    def _drafts(self, values: dict[str, Any], example: Example) -> list[Draft]:
-        messages = to_conversation(values, self.config.system_prompt)
-        return [Draft([pieces]) for pieces in render_pieces(self.tokenizer, messages)]
-
-    def prompt(self, values: dict[str, Any]) -> list[Message]:
-        return to_conversation(values)[:-1]
-
-
-class _PreferenceDataLoader(DataLoader):
-    """A prompt and answers to it."""
-
-    read = staticmethod(to_pair)
-
-    def _drafts(self, values: dict[str, Any], example: Example) -> list[Draft]:
-        prompt, answers, label, lengths = self.read(values, self.config.system_prompt)
-        prompt = self._trim(prompt, example)
-        return [Draft([render_answer(self.tokenizer, prompt, answer) for answer in answers], label, lengths)]
-
-    def prompt(self, values: dict[str, Any]) -> list[Message]:
-        return self.read(values).prompt
-
-    def _split_key(self, row: Row) -> str:
-        """The prompt: a pair whose prompt is trained on in another pair is not unseen."""
-        try:
-            prompt = json.dumps(self.prompt(row.values))
-            return hashlib.sha256(prompt.encode()).hexdigest()  # not the prompt itself, which may be long
-        except ValueError:
-            return row.where
-
-    def _trim(self, prompt: list[Message], example: Example) -> list[Message]:
-        """The prompt within max_prompt_length tokens: its oldest text is cut from the left, turns that get empty go.
+    def _trim(self, conversation: Conversation, row: _EncodedRow) -> Conversation:
+        """The conversation with its prompt within max_prompt_length tokens: its oldest text is cut from the left, turns that get empty go.
 
         The template's own tokens and the system prompt stay.
         """
-        limit = self.config.max_prompt_length
+        limit = getattr(self.config, "max_prompt_length", None)
+        if limit is None or conversation.learns_turns:
+            return conversation
+        prompt = conversation.prompt
         length = excess = self._prompt_length(prompt) - limit
         while excess > 0:
             system = prompt[:1] if prompt[0]["role"] == "system" else []
@@ -328,89 +320,62 @@ class _PreferenceDataLoader(DataLoader):
             prompt = [*system, *turns]
             excess = self._prompt_length(prompt) - limit
         if length > 0:
-            example.prompts_trimmed += 1
-        return prompt
+            row.prompts_trimmed = 1
+        return conversation._replace(prompt=prompt)
 
     def _prompt_length(self, prompt: list[Message]) -> int:
         return len(self.tokenizer(render_prompt(self.tokenizer, prompt), add_special_tokens=False).input_ids)
 
 
-class DPODataLoader(_PreferenceDataLoader):
-    """Pairs: `prompt`, `chosen`, `rejected`."""
+def _bad_row(row: Row | BadRow, error: ValueError) -> BadRow:
+    """The row as it stands in its file, and why it cannot be used."""
+    if isinstance(row, BadRow):
+        return row
+    return BadRow(row.where, f"{error}{' (once normalised)' if row.changes else ''}", row.given or row.values)
 
 
-class IPODataLoader(_PreferenceDataLoader):
-    """Pairs with optional `chosen_length` and `rejected_length`, which `length_bias` then compares.
-
-    The loss counts tokens itself.
-    """
-
-    read = staticmethod(to_measured_pair)
+def _join(conversation: Conversation, parts: list[tuple[np.ndarray, Completion]], row: int) -> Group:
+    """The completions of a conversation, which were encoded each with the same prompt, as one group."""
+    answers = zip(parts, conversation.desirable, strict=True)
+    completions = tuple(completion._replace(desirable=desirable) for (_, completion), desirable in answers)
+    return Group(parts[0][0], completions, lengths=conversation.lengths, row=row)
 
 
-class CPODataLoader(_PreferenceDataLoader):
-    """`prompt`, `chosen`, and any number of `rejected` and `hard_negatives`."""
+def _key_of(row: Row, conversations: Sequence[Conversation]) -> str:
+    if any(conversation.learns_turns for conversation in conversations):
+        return row.where
+    prompt = json.dumps(conversations[0].prompt)
+    return hashlib.sha256(prompt.encode()).hexdigest()  # not the prompt itself, which may be long
 
-    read = staticmethod(to_contrast)
+
+def _dataset(rows: Iterable[_EncodedRow], places: RowLocations) -> GroupDataset:
+    used = [row for row in rows if row.groups]
+    changes: Counter[str] = Counter()
+    for row in used:
+        changes.update(row.changes)
+    return GroupDataset(
+        [group for row in used for group in row.groups],
+        rows=len(used),
+        truncated=sum(row.truncated for row in used),
+        tokens_cut=sum(row.tokens_cut for row in used),
+        prompts_trimmed=sum(row.prompts_trimmed for row in used),
+        rows_changed=sum(bool(row.changes) for row in used),
+        changes=changes,
+        places=places,
+    )
 
 
-class KTODataLoader(_PreferenceDataLoader):
-    """Single answers with a label: `prompt`, `completion`, `label`; pairs too with `unpair_preferences`."""
-
-    def __init__(self, config: Any, tokenizer: PreTrainedTokenizerBase):
-        super().__init__(config, tokenizer)
-        self._seen: list[Group] = []  # up to two groups of different prompts
-
-    def read(self, values: dict[str, Any], system_prompt: str | None = None) -> Preference:
-        if "chosen" not in values or "completion" in values:
-            return to_feedback(values, system_prompt)
-        if not self.config.unpair_preferences:
-            raise ValueError("is a pair; set unpair_preferences to true to learn from each of its answers")
-        return to_pair(values, system_prompt)
-
-    def _drafts(self, values: dict[str, Any], example: Example) -> list[Draft]:
-        (whole,) = super()._drafts(values, example)
-        if len(whole.completions) == 1:
-            return [whole]
-        return [Draft([answer], label) for answer, label in zip(whole.completions, (True, False), strict=True)]
-
-    def _finish(self, dataset: GroupDataset) -> None:
-        """Give each prompt a completion of another prompt, for the estimate of the divergence.
-
-        It is one of the same set, or of those read before where the set has a single prompt; none if these have it too.
-        """
-        groups = dataset.groups
-        order = list(range(len(groups)))
-        random.Random(data_seed(self.config)).shuffle(order)
-        for position, index in enumerate(order):
-            group = groups[index]
-            others = (groups[order[(position + step) % len(order)]] for step in range(1, len(order)))
-            candidates = itertools.chain(others, self._seen)
-            stranger = next((other for other in candidates if not np.array_equal(other.prompt, group.prompt)), None)
-            if stranger:
-                ids, targets = stranger.completions[0]
-                room = self.max_tokens - len(group.prompt)
-                groups[index] = group._replace(mismatched=Completion(ids[:room], targets[:room]))
-        self._seen = [groups[0], *(group for group in groups if not np.array_equal(group.prompt, groups[0].prompt))][:2]
-
-    def _encode_window(self, rows: list[Row | BadRow], carried: Any) -> tuple[GroupDataset, Any]:
-        if carried is not None:
-            self._seen = [
-                Group(np.array(prompt, np.int32), (Completion(np.array(ids, np.int32), np.array(targets, bool)),))
-                for prompt, ids, targets in carried
-            ]
-        dataset, _ = super()._encode_window(rows, carried)
-        answers = [(group.prompt, *group.completions[0]) for group in self._seen]
-        return dataset, [[part.tolist() for part in answer] for answer in answers]
-
-    def _train_set(self, examples: list[Example]) -> GroupDataset:
-        dataset = super()._train_set(examples)
-        if len(dataset) and dataset[0].mismatched is None:
-            raise DatasetError(
-                f"{describe(self.config.dataset_path)}: KTO compares answers with those to other prompts, but all rows "
-                "to train on have the same prompt; add rows with other prompts"
-            )
-        return dataset
+def _repeat(rows: Sequence[_EncodedRow], weights: Sequence[float], seed: int) -> list[_EncodedRow]:
+    """Each source's rows `weight` times, in order: whole copies, and a seeded choice for the fraction."""
+    if all(weight == 1 for weight in weights):
+        return list(rows)
+    times = [0] * len(rows)
+    for number, weight in enumerate(weights):
+        own = [position for position, row in enumerate(rows) if row.source == number]
+        chosen = set(random.Random(seed).sample(own, round(len(own) * (weight % 1))))
+        for position in own:
+            times[position] = int(weight) + (position in chosen)
+    return [row for row, copies in zip(rows, times, strict=True) for _ in range(copies)]
 
 
 def split_rows(rows: list[T], share: float, seed: int, keys: Sequence[str]) -> tuple[list[T], list[T]]:
@@ -435,7 +400,7 @@ def to_padded(dataset: GroupDataset, pad_token_id: int, length_column: str) -> d
     """`input_ids`, `attention_mask` and `labels` padded to one length, for a plain `transformers.Trainer`."""
     longest = max(dataset.lengths)
     columns: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": [], length_column: []}
-    for prompt, ((ids, targets),), *_ in dataset.groups:
+    for prompt, ((ids, targets, _),), *_ in dataset.groups:
         length = len(prompt) + len(ids)
         padding = longest - length
         labels = [int(i) if target else -100 for i, target in zip(ids, targets, strict=True)]

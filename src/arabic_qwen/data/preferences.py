@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from arabic_qwen.data.bad_rows import RowError
 from arabic_qwen.data.conversations import (
+    Conversation,
     Message,
     check_answer,
     check_turns,
@@ -20,16 +21,7 @@ from arabic_qwen.data.layouts import canonical
 _LABELS = {True: True, False: False, "desirable": True, "undesirable": False}  # 1 and 0 are True and False as keys
 
 
-class Preference(NamedTuple):
-    """A prompt that ends with a user's turn, and assistant's answers to it: the chosen one first."""
-
-    prompt: list[Message]
-    answers: list[str]
-    label: bool = True
-    lengths: tuple[float, ...] | None = None  # of the answers, as the row gives them
-
-
-def to_pair(values: dict[str, Any], system_prompt: str | None = None) -> Preference:
+def to_pair(values: dict[str, Any], system_prompt: str | None = None) -> Conversation:
     """`prompt` (or `instruction`), `chosen`, `rejected`: strings or lists of messages.
 
     The prompt may be left out where chosen and rejected are whole conversations.
@@ -47,7 +39,7 @@ def to_pair(values: dict[str, Any], system_prompt: str | None = None) -> Prefere
     return to_contrast({**values, "rejected": [rejected]}, system_prompt)
 
 
-def to_measured_pair(values: dict[str, Any], system_prompt: str | None = None) -> Preference:
+def to_measured_pair(values: dict[str, Any], system_prompt: str | None = None) -> Conversation:
     """As :func:`to_pair`; `chosen_length` and `rejected_length` may be there, in any unit.
 
     Raises:
@@ -63,21 +55,17 @@ def to_measured_pair(values: dict[str, Any], system_prompt: str | None = None) -
     return pair._replace(lengths=tuple(given.values()))
 
 
-def to_contrast(values: dict[str, Any], system_prompt: str | None = None) -> Preference:
-    """`prompt`, `chosen`, and any number of negatives: `rejected` (one or a list of strings) and `hard_negatives`.
+def to_contrast(values: dict[str, Any], system_prompt: str | None = None) -> Conversation:
+    """`prompt`, `chosen`, and any number of negatives: `rejected` and `hard_negatives`, each one text or a list of them.
+
+    One of the two columns is enough.
 
     Raises:
         RowError: as :func:`to_pair`.
     """
-    _require(values, "chosen", "rejected")
+    _require(values, "chosen", *(["rejected"] if values.get("hard_negatives") is None else []))
     values, _ = canonical(values)
-    rejected = values["rejected"]
-    if not isinstance(rejected, list) or (rejected and isinstance(rejected[0], dict)):
-        rejected = [rejected]
-    hard = values.get("hard_negatives") or []
-    if not isinstance(hard, list):
-        raise RowError(f"hard_negatives: must be a list of texts, found a {type(hard).__name__}")
-    negatives = [*rejected, *hard]
+    negatives = _negatives(values, "rejected") + _negatives(values, "hard_negatives")
     prompt, chosen = _answer(values, values["chosen"], "chosen")
     check_answer(chosen, "chosen")
     answers = [chosen]
@@ -89,10 +77,21 @@ def to_contrast(values: dict[str, Any], system_prompt: str | None = None) -> Pre
         if answer == chosen:
             raise RowError(f"chosen and {place} are the same", "equal_answers")
         answers.append(answer)
-    return Preference(_with_system(prompt, values, system_prompt), answers)
+    desirable = (True, *[False] * len(negatives))
+    return Conversation(_with_system(prompt, values, system_prompt), answers, desirable)
 
 
-def to_feedback(values: dict[str, Any], system_prompt: str | None = None) -> Preference:
+def _negatives(values: dict[str, Any], column: str) -> list[Any]:
+    """Answers to avoid: none, one, or a list of them; a list of messages is one answer."""
+    given = values.get(column)
+    if column == "hard_negatives" and not isinstance(given or [], (list, str)):
+        raise RowError(f"hard_negatives: must be a text or a list of texts, found a {type(given).__name__}")
+    if not given and (column == "hard_negatives" or values.get("hard_negatives")):
+        return []
+    return given if isinstance(given, list) and not (given and isinstance(given[0], dict)) else [given]
+
+
+def to_feedback(values: dict[str, Any], system_prompt: str | None = None) -> Conversation:
     """`prompt`, `completion` and `label`: true, 1 or "desirable" for good answers, false, 0 or "undesirable" for bad.
 
     Raises:
@@ -106,7 +105,7 @@ def to_feedback(values: dict[str, Any], system_prompt: str | None = None) -> Pre
     prompt, answer = _answer(values, values["completion"], "completion")
     if _LABELS[label]:
         check_answer(answer, "completion")
-    return Preference(_with_system(prompt, values, system_prompt), [answer], _LABELS[label])
+    return Conversation(_with_system(prompt, values, system_prompt), [answer], (_LABELS[label],))
 
 
 def _require(values: dict[str, Any], *columns: str) -> None:

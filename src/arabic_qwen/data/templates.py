@@ -17,10 +17,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from arabic_qwen.config.base import TEMPLATE_SUFFIXES
-from arabic_qwen.data.conversations import Message
+from arabic_qwen.data.conversations import Conversation, Message
 from arabic_qwen.data.rendering import render
 from arabic_qwen.errors import ConfigurationError, HostileTemplateError
-from arabic_qwen.packing.group import Completion, Group
+from arabic_qwen.packing.group import Completion
 
 CHATML = (
     "{%- for message in messages %}"
@@ -105,22 +105,35 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 class Piece(NamedTuple):
-    """A stretch of the rendered conversation, and whether the assistant says it."""
+    """A stretch of a rendered conversation, and whether it is learned."""
 
     text: str
     is_answer: bool
 
 
-def render_pieces(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[list[Piece]]:
-    """Cut the rendered conversation into context, answer, context, answer …
+def render_conversation(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[list[list[Piece]]]:
+    """The groups of a conversation: of each, the pieces of each completion, after the prompt that they share.
 
-    An answer is what rendering adds when the assistant's turn is appended to its generation prompt. Some templates
-    (Qwen3's) render past turns differently from the last one: then each answer becomes a piece list of its own,
-    after the context that the model will see when it generates it.
+    An answer is what rendering adds when the assistant's turn is appended to its generation prompt. One group, but for a
+    conversation that `learns_turns` in a template that renders past turns differently from the last one (Qwen3's): there
+    each answer has a group of its own, after the context that the model will see when it generates it.
 
     Raises:
         ValueError: a message holds a control token, or the template cannot render the conversation.
     """
+    if conversation.learns_turns:
+        return [[pieces] for pieces in _render_turns(tokenizer, conversation.messages)]
+    completions = []
+    for answer in conversation.answers:
+        messages = [*conversation.prompt, {"role": "assistant", "content": answer}]
+        check_control_tokens(tokenizer, messages)
+        before, rendered = _render_turn(tokenizer, messages)
+        completions.append([Piece(before, False), Piece(rendered, True)])
+    return [completions]
+
+
+def _render_turns(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[list[Piece]]:
+    """Context, answer, context, answer … of one text, or context and answer of each turn."""
     check_control_tokens(tokenizer, messages)
     turns = []
     for position, message in enumerate(messages):
@@ -135,18 +148,6 @@ def render_pieces(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
         pieces += [Piece(before[done:], False), Piece(answer, True)]
         done = len(before) + len(answer)
     return [pieces]
-
-
-def render_answer(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: str) -> list[Piece]:
-    """The rendered prompt and the rendered answer to it; earlier turns of the assistant belong to the prompt.
-
-    Raises:
-        ValueError: as :func:`render_pieces`.
-    """
-    messages = [*prompt, {"role": "assistant", "content": answer}]
-    check_control_tokens(tokenizer, messages)
-    before, rendered = _render_turn(tokenizer, messages)
-    return [Piece(before, False), Piece(rendered, True)]
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
@@ -211,19 +212,21 @@ def _render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: 
         raise ValueError(f"the chat template refuses the conversation: {str(error)[:_LONGEST_REASON]}{place}") from None
 
 
-def encode_pieces(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[Piece]]) -> list[Group]:
-    """Tokenise piece lists into groups of one prompt and one completion.
+def encode_pieces(
+    tokenizer: PreTrainedTokenizerBase, completions: Sequence[list[Piece]]
+) -> list[tuple[np.ndarray, Completion]]:
+    """Tokenise the pieces of completions, the first of which is the prompt: (its ids, the completion).
 
     Each piece is tokenised by itself, as it is at generation time, so the mask follows from token positions: an
     answer's tokens up to its end token are targets. Tokens after the last target are dropped.
     """
-    if not conversations:
+    if not completions:
         return []
-    ids = tokenizer([piece.text for pieces in conversations for piece in pieces], add_special_tokens=False).input_ids
+    ids = tokenizer([piece.text for pieces in completions for piece in pieces], add_special_tokens=False).input_ids
     ends = np.array(stop_token_ids(tokenizer))
     encoded = iter(ids)
-    groups = []
-    for pieces in conversations:
+    found = []
+    for pieces in completions:
         prompt = np.array(next(encoded), dtype=np.int32)
         tokens, targets = [], []
         for piece in pieces[1:]:
@@ -239,5 +242,5 @@ def encode_pieces(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[li
             targets.append(mask)
         completion, mask = np.concatenate(tokens), np.concatenate(targets)
         last = np.flatnonzero(mask)[-1] + 1
-        groups.append(Group(prompt, (Completion(completion[:last], mask[:last]),)))
-    return groups
+        found.append((prompt, Completion(completion[:last], mask[:last])))
+    return found

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -51,8 +52,8 @@ def precompute(
 
 def _reference_logps(
     groups: Sequence[Group], frozen: Any, weights: hashlib._Hash, cache_dir: Path, token_budget: int
-) -> list[list[float]]:
-    """Each group's summed log-probabilities of its scored completions; every process computes its share."""
+) -> list[list[np.ndarray]]:
+    """Each group's log-probabilities of its scored completions' targets; every process computes its share."""
     path = cache_dir / f"reference-{_key(weights, groups)}.safetensors"
     logps = _cached(path)
     if all(gather_object([logps is not None])):  # not all processes may see the same folder
@@ -62,12 +63,14 @@ def _reference_logps(
         own = range(state.process_index, len(groups), state.num_processes)
         found = _compute([groups[i] for i in own], frozen, token_budget)
         everyone = dict(gather_object(list(zip(own, found, strict=True))))
-        logps = torch.tensor([logp for i in range(len(groups)) for logp in everyone[i]])
+        logps = torch.cat([torch.empty(0), *(everyone[i] for i in range(len(groups)))])
         with writing(path):
             cache_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save({"logps": logps}, {"sha256": _sha256(logps)}))  # each process writes the same
     assert logps is not None
-    return [part.tolist() for part in logps.split([len(_scored(group)) for group in groups])]
+    lengths = [int(completion.targets.sum()) for group in groups for completion in group.scored()]
+    parts = iter(logps.split(lengths))
+    return [[next(parts).numpy() for _ in group.scored()] for group in groups]
 
 
 def _cached(path: Path) -> torch.Tensor | None:
@@ -89,26 +92,23 @@ def _sha256(logps: torch.Tensor) -> str:
     return hashlib.sha256(logps.numpy().tobytes()).hexdigest()
 
 
-def _scored(group: Group) -> list:
-    return [*group.completions, *([group.mismatched] if group.mismatched else [])]
-
-
-def _compute(groups: Sequence[Group], frozen: Any, token_budget: int) -> list[list[float]]:
-    sums: list[list[float]] = []
+def _compute(groups: Sequence[Group], frozen: Any, token_budget: int) -> list[torch.Tensor]:
+    """Of each group, the log-probabilities of the targets of all its scored completions, one after the other."""
+    found: list[torch.Tensor] = []
     chunk = 64  # groups a progress step
     starts = range(0, len(groups), chunk)
     for start in track(starts, "Reference", disable=not sys.stderr.isatty(), transient=True):
         some = groups[start : start + chunk]
-        pairs = [(group.prompt.tolist(), [c.ids.tolist() for c in _scored(group)]) for group in some]
+        pairs = [(group.prompt.tolist(), [c.ids.tolist() for c in group.scored()]) for group in some]
 
         def score(budget: int, pairs: Any = pairs) -> list[list[torch.Tensor]]:
             return score_completions(frozen, pairs, token_budget=budget)
 
-        found, token_budget = within_memory(score, token_budget, some)
-        for group, scores in zip(some, found, strict=True):
-            targets = [torch.from_numpy(completion.targets) for completion in _scored(group)]
-            sums.append([logps.cpu()[mask].sum().item() for logps, mask in zip(scores, targets, strict=True)])
-    return sums
+        scored, token_budget = within_memory(score, token_budget, some)
+        for group, scores in zip(some, scored, strict=True):
+            targets = [torch.from_numpy(completion.targets) for completion in group.scored()]
+            found.append(torch.cat([logps.cpu()[mask] for logps, mask in zip(scores, targets, strict=True)]))
+    return found
 
 
 def _fingerprint(frozen: Any, trained: str | None) -> hashlib._Hash:
@@ -126,8 +126,9 @@ def _fingerprint(frozen: Any, trained: str | None) -> hashlib._Hash:
 
 def _key(weights: hashlib._Hash, groups: Sequence[Group]) -> str:
     digest = weights.copy()
+    digest.update(b"of each target")  # earlier versions kept sums
     for group in groups:
         digest.update(group.prompt.tobytes())
-        for completion in _scored(group):
+        for completion in group.scored():
             digest.update(b"|" + completion.ids.tobytes() + completion.targets.tobytes())
     return digest.hexdigest()[:16]

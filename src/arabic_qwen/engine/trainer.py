@@ -25,10 +25,9 @@ from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.engine.guards import GuardedTrainer
 from arabic_qwen.errors import ConfigurationError, TrainingError
 from arabic_qwen.generation.samples import Samples
-from arabic_qwen.losses.kto import kto_kl
 from arabic_qwen.memory import fit as fitting
 from arabic_qwen.memory.limit import within_memory
-from arabic_qwen.methods.objectives import Objective, Scores, Sums, join_scores
+from arabic_qwen.methods.objective import Losses, Objective, Scores, Sums, join_scores
 from arabic_qwen.models.reference import Reference
 from arabic_qwen.packing.batch import PackedBatch
 from arabic_qwen.packing.sampler import Sequences, StepSampler
@@ -45,11 +44,6 @@ class _StreamedSteps(IterableDataset[Step]):
 
     def __iter__(self) -> Iterator[Step]:
         return self._steps()
-
-
-def _completion_sums(batch: PackedBatch, logps: torch.Tensor) -> torch.Tensor:
-    """[C] sums of the targets' log-probabilities [T]."""
-    return logps.new_zeros(batch.num_completions).index_add(0, batch.target_completion, logps)
 
 
 class PackedTrainer(GuardedTrainer):
@@ -86,7 +80,7 @@ class PackedTrainer(GuardedTrainer):
             ) from None
         self.objective: Objective = objective
         self.train_groups: Any = self.train_dataset
-        self._collate = Collate(token_budget or fitting.default_budget(), objective.needs_kl)
+        self._collate = Collate(token_budget or fitting.default_budget(), objective.auxiliary is not None)
         self._set_budget = token_budget  # by the user
         self.fits_budget, self.fits_recompute = token_budget is None, fits_recompute
         self.recomputed: int | None = None  # layers, where that was chosen
@@ -130,7 +124,9 @@ class PackedTrainer(GuardedTrainer):
         self._places = getattr(self.train_groups, "places", None)
         sequences = Sequences(self.train_groups, self.sequence_capacity)
         # Trainer has set state.epoch when it starts an epoch, also in the middle of one after a resume.
-        sampler = StepSampler(self.args, sequences.lengths, sequences.labels, epoch=lambda: int(self.state.epoch or 0))
+        sampler = StepSampler(
+            self.args, sequences.lengths, sequences.desirable, epoch=lambda: int(self.state.epoch or 0)
+        )
         return self._loader(sequences, sampler)
 
     def _prepare_for_training(self, *args: Any) -> Any:
@@ -154,7 +150,7 @@ class PackedTrainer(GuardedTrainer):
         self._filler, self._places = window[0], window.places
         sequences = Sequences(window, self.sequence_capacity)
         number = place["pass"] * 1_000_003 + place["window"]
-        sampler = StepSampler(self.args, sequences.lengths, sequences.labels, epoch=lambda: number)
+        sampler = StepSampler(self.args, sequences.lengths, sequences.desirable, epoch=lambda: number)
         for position, step in enumerate(sampler.steps()[skipped:], skipped + 1):
             yield from [self._collate([])] * (self.args.gradient_accumulation_steps - 1)
             share = self._collate([sequences[i] for i in step[sampler.rank :: sampler.world_size]])
@@ -213,8 +209,8 @@ class PackedTrainer(GuardedTrainer):
         share = self.args.world_size if inputs.groups else 0  # DDP averages gradients over ranks
         step = inputs if inputs.groups else self._collate([[self._filler]])  # it joins the reduction without rows too
         self._add_reference(step)
-        kl = self._divergence(self._log_ratios(step) * bool(share))[0] if self.objective.needs_kl else 0.0
-        slopes = self._slopes(inputs.batches, mean_length) if self.objective.whole_step else None
+        auxiliary = self._all_ranks(self._auxiliary_sums(step) * bool(share))
+        slopes = self._slopes(inputs.batches, mean_length, auxiliary) if self.objective.whole_step else None
         batches = step.batches
         loss_sum = torch.zeros((), device=self.args.device)
         parts: list[torch.Tensor] = []
@@ -222,14 +218,15 @@ class PackedTrainer(GuardedTrainer):
             last = number == len(batches)
             self.accelerator.gradient_state._set_sync_gradients(last)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                scores = self._score(model, batch.to(self.args.device), mean_length, kl)
-                self._add_metrics(scores, counted=share > 0)
+                scores = self._score(model, batch.to(self.args.device), mean_length, auxiliary)
+                losses = self.objective.loss(scores)
+                self._add_metrics(scores, losses, counted=share > 0)
                 if slopes is None:
-                    loss = self.objective.loss(scores).sum() / num_groups * share
+                    loss = losses.losses.sum() / num_groups * share
                     loss_sum += loss.detach()
                 else:
-                    loss = (scores.policy * next(slopes, 0.0)).sum() * share
-                parts += [scores.policy.detach().sum(), loss.detach()]
+                    loss = (scores.logps * next(slopes, 0.0)).sum() * share
+                parts += [scores.logps.detach().sum(), loss.detach()]
                 # DeepSpeed would divide by its own count of accumulation steps.
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
         loss_sum = self._whole_step_loss if slopes is not None else loss_sum
@@ -237,27 +234,27 @@ class PackedTrainer(GuardedTrainer):
         return loss_sum
 
     def _totals(self, step: Step) -> tuple[torch.Tensor | int, torch.Tensor | float]:
-        """Groups of the step and targets of its mean first completion, over all ranks."""
+        """Groups of the step, and targets of desirable completions / groups, over all ranks."""
         if self.args.world_size == 1:
             return len(step.groups), step.chosen_tokens / max(len(step.groups), 1)
         counts = torch.tensor([len(step.groups), step.chosen_tokens], device=self.args.device, dtype=torch.float32)
         groups, tokens = self.accelerator.reduce(counts, "sum")
         return groups, tokens / groups
 
-    def _score(self, model, batch: PackedBatch, mean_length, kl: torch.Tensor | float = 0.0) -> Scores:
-        """Log-probabilities of a batch's completions, beside the reference's."""
+    def _score(self, model, batch: PackedBatch, mean_length, auxiliary: torch.Tensor | None = None) -> Scores:
+        """Log-probabilities of a batch's targets, beside the reference's."""
         return Scores(
-            policy=_completion_sums(batch, model(packed=batch)),
-            reference=batch.reference,
+            logps=model(packed=batch),
+            reference_logps=batch.reference,
+            target_completion=batch.target_completion,
+            completion_group=batch.completion_group,
+            chosen=batch.chosen,
+            rejected=batch.rejected,
             num_targets=batch.num_targets,
             lengths=batch.lengths,
-            first=batch.first,
-            others=batch.others,
-            others_group=batch.others_group,
-            label=batch.labels,
             tags=batch.tags,
             mean_chosen_length=mean_length,
-            kl=kl,
+            auxiliary=auxiliary,
         )
 
     @torch.no_grad()
@@ -267,55 +264,59 @@ class PackedTrainer(GuardedTrainer):
             return
         with self.accelerator.autocast(), self.reference(self.model) as frozen:
             for number, batch in enumerate(step.batches):
-                scored = (step.shared[number] if step.shared else batch).to(self.args.device)
-                batch.reference = _completion_sums(scored, frozen(packed=scored))
-                if step.shared:  # own and mismatched completions take turns
-                    step.mismatched[number].reference = batch.reference[1::2]
-                    batch.reference = batch.reference[0::2]
+                if not step.shared:
+                    batch.reference = frozen(packed=batch.to(self.args.device))
+                    continue
+                shared, own, auxiliary = (part.to(self.args.device) for part in step.shared[number])
+                logps = frozen(packed=shared)
+                batch.reference, step.auxiliary[number].reference = logps[own], logps[auxiliary]
 
     @torch.no_grad()
-    def _log_ratios(self, step: Step, num_tags: int = 0) -> torch.Tensor:
-        """[2, 1 + tags] sum and number of this rank's log-ratios of mismatched completions: of all, and by tag."""
-        found = torch.zeros(2, 1 + num_tags, device=self.args.device)
-        for batch in step.mismatched:
-            # Not through DDP, whose ranks must call forward equally often: one may have no rows.
-            scores = self._score(self.model, batch.to(self.args.device), 1.0)
-            assert scores.reference is not None
-            ratios = scores.policy - scores.reference
-            for tag in range(1 + num_tags):
-                some = ratios[scores.tags == tag] if tag else ratios
-                found[:, tag] += torch.stack([some.sum(), found.new_full((), len(some))])
-        return found
+    def _auxiliary_sums(self, step: Step, num_tags: int = 0) -> torch.Tensor:
+        """[1 + tags, K] sums of this rank's auxiliary completions: of all, and by tag; K is 0 for methods without."""
+        if self.objective.auxiliary is None:
+            return torch.zeros(1 + num_tags, 0, device=self.args.device)
+        # Not through DDP, whose ranks must call forward equally often: one may have no rows.
+        parts = [self._score(self.model, batch.to(self.args.device), 1.0) for batch in step.auxiliary]
+        scores = join_scores(parts or [self._no_scores()])
+        some = [scores, *(scores.tagged(tag) for tag in range(1, 1 + num_tags))]
+        return torch.stack([self.objective.auxiliary(of_tag) for of_tag in some])
 
-    def _divergence(self, log_ratios: torch.Tensor) -> torch.Tensor:
-        """[1 + tags] KTO's z from :meth:`_log_ratios` of all ranks."""
-        return kto_kl(*self.accelerator.reduce(log_ratios, "sum"))
+    def _no_scores(self) -> Scores:
+        """Of no completions: what an objective makes of them has the shape that it makes of any."""
+        empty, none = torch.zeros(0, device=self.args.device), torch.zeros(0, dtype=torch.long, device=self.args.device)
+        return Scores(empty, empty, none, none, none, none, none, empty, none, 1.0)
 
-    def _slopes(self, batches: list[PackedBatch], mean_length) -> Iterator[torch.Tensor]:
-        """d loss / d log-probability of each batch's completions, where the loss needs the whole step at once."""
+    def _all_ranks(self, sums: torch.Tensor) -> torch.Tensor | None:
+        """The [K] sums of all auxiliary completions, from :meth:`_auxiliary_sums` of all ranks."""
+        return self.accelerator.reduce(sums, "sum")[0] if self.objective.auxiliary else None
+
+    def _slopes(self, batches: list[PackedBatch], mean_length, auxiliary) -> Iterator[torch.Tensor]:
+        """d loss / d log-probability of each batch's targets, where the loss needs the whole step at once."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):  # the pass with gradients sees the same dropout
-            parts = [self._score(self.model, batch.to(self.args.device), mean_length) for batch in batches]
+            parts = [self._score(self.model, batch.to(self.args.device), mean_length, auxiliary) for batch in batches]
         scores, own = self._gather(parts)
-        policy = scores.policy.requires_grad_()
-        loss = self.objective.loss(scores).mean()
-        (slope,) = torch.autograd.grad(loss, policy)
+        logps = scores.logps.requires_grad_()
+        loss = self.objective.loss(scores).losses.mean()
+        (slope,) = torch.autograd.grad(loss, logps)
         self._whole_step_loss = loss.detach()
-        return iter(slope[own].split([len(part.policy) for part in parts]))
+        return iter(slope[own].split([len(part.logps) for part in parts]))
 
     def _gather(self, parts: list[Scores]) -> tuple[Scores, slice]:
-        """All ranks' scores as one, and which completions of it are this rank's."""
+        """All ranks' scores as one, and which targets of it are this rank's."""
         everyone = [parts]
         if self.args.world_size > 1:
             everyone = gather_object([[part.to("cpu") for part in parts]])
-        counts = [sum(len(part.policy) for part in own) for own in everyone]
+        counts = [sum(len(part.logps) for part in own) for own in everyone]
         start = sum(counts[: self.args.process_index])
         joined = join_scores([part.to(self.args.device) for own in everyone for part in own])
         return joined, slice(start, start + counts[self.args.process_index])
 
-    def _add_metrics(self, scores: Scores, counted: bool) -> None:
+    @torch.no_grad()
+    def _add_metrics(self, scores: Scores, losses: Losses, counted: bool) -> None:
         """Add to the sums, or only zeros: all ranks must have the same ones when they are reduced."""
-        for name, value in self.objective.sums(scores).items():
+        for name, value in self.objective.metrics.sums(scores, losses).items():
             self._sums[name] = self._sums.get(name, 0.0) + value.double() * counted
 
     def progress(self) -> dict[str, Any]:
@@ -344,7 +345,7 @@ class PackedTrainer(GuardedTrainer):
         if "loss" in logs:
             if self._sums:
                 values = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum").tolist()
-                logs |= self.objective.derive(dict(zip(self._sums, values, strict=True)), logs["loss"])
+                logs |= self.objective.metrics.derive(dict(zip(self._sums, values, strict=True)), logs["loss"])
                 self._sums = {}
             now = time.perf_counter()
             logs["tokens_per_second"] = round(self._tokens_since_log / (now - self._last_log_time), 1)
@@ -370,28 +371,31 @@ class PackedTrainer(GuardedTrainer):
         if not self.accelerator._models:  # evaluation without training
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.callback_handler.eval_dataloader = dataloader
-        sequences: Sequences = dataloader.dataset
+        sequences: Any = dataloader.dataset  # Sequences
         model: Any = self.model
         model.eval()
         parts: list[Scores] = []
         dialects = getattr(sequences.groups, "dialects", ())
-        log_ratios = torch.zeros(2, 1 + len(dialects), device=self.args.device)
+        sums = self._auxiliary_sums(self._collate([]), len(dialects))
 
         def measure(step: Step) -> tuple[torch.Tensor, list[Scores]]:
             self._add_reference(step)
-            ratios = self._log_ratios(step, len(dialects))
-            return ratios, [self._score(model, batch.to(self.args.device), 1.0) for batch in step.batches]
+            auxiliary = self._auxiliary_sums(step, len(dialects))
+            return auxiliary, [self._score(model, batch.to(self.args.device), 1.0) for batch in step.batches]
 
         for step in dataloader:
-            ratios, scores = self._within_memory(step, getattr(sequences.groups, "places", None), measure, lambda: None)
-            log_ratios += ratios
+            auxiliary, scores = self._within_memory(
+                step, getattr(sequences.groups, "places", None), measure, lambda: None
+            )
+            sums = sums + auxiliary
             parts += scores
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)  # type: ignore[has-type]
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         joined, _ = self._gather(parts)
-        divergences = self._divergence(log_ratios)
-        metrics = self._measure(joined, divergences[0])
+        if self.objective.auxiliary:
+            sums = self.accelerator.reduce(sums, "sum")
+        metrics = self._measure(joined, sums[0])
         for tag, dialect in enumerate(dialects, 1):
-            part = self._measure(joined.tagged(tag), divergences[tag])
+            part = self._measure(joined.tagged(tag), sums[tag])
             metrics |= {f"{name}/{dialect}": part[name] for name in _BY_DIALECT if name in part}
         if self.samples and sequences.groups is self.eval_dataset:
             with self.accelerator.autocast():
@@ -404,10 +408,11 @@ class PackedTrainer(GuardedTrainer):
             num_samples=len(sequences),
         )
 
-    def _measure(self, scores: Scores, divergence: torch.Tensor) -> dict[str, float]:
+    def _measure(self, scores: Scores, auxiliary: torch.Tensor) -> dict[str, float]:
         """Loss and metrics of a whole set."""
-        scores.mean_chosen_length = scores.num_targets[scores.first].float().mean()
-        scores.kl = divergence
-        loss = self.objective.loss(scores).mean().item()
-        sums = {name: value.item() for name, value in self.objective.sums(scores).items()}
-        return {"loss": loss, **self.objective.derive(sums, loss)}
+        scores.mean_chosen_length = scores.num_targets[scores.chosen].sum() / len(scores.tags)
+        scores.auxiliary = auxiliary
+        losses = self.objective.loss(scores)
+        loss = losses.losses.mean().item()
+        sums = {name: value.item() for name, value in self.objective.metrics.sums(scores, losses).items()}
+        return {"loss": loss, **self.objective.metrics.derive(sums, loss)}

@@ -38,7 +38,7 @@ class Samples:
 
     def __init__(self, config: BaseConfig, held_out: GroupDataset, tokenizer: PreTrainedTokenizerBase):
         # One of each prompt, and no answer that is to be avoided.
-        groups = list({group.prompt.tobytes(): group for group in held_out.groups if group.label}.values())
+        groups = list({group.prompt.tobytes(): group for group in held_out.groups if group.desirable}.values())
         chosen = random.Random(data_seed(config)).sample(groups, min(config.eval_samples, len(groups)))
         self._tokenizer = tokenizer
         self._prompts = [group.prompt.tolist() for group in chosen]
@@ -106,7 +106,7 @@ class Samples:
 
 def _first_answer(group: Group) -> Any:
     """Token ids of the first answer; of a conversation there may be several in the completion."""
-    ids, targets = group.completions[0]
+    ids, targets, _ = group.completions[0]
     return ids if targets.all() else ids[: targets.argmin()]
 
 

@@ -50,6 +50,7 @@ def add_lora(model: PreTrainedModel, config: BaseConfig) -> PeftModel:
             f"lora_target_modules: this model has no linear layer {', '.join(unknown)} that takes adapters; "
             f"choose from {', '.join(sorted({n.rpartition('.')[2] for n in linear}))}, or all-linear"
         )
+    start: Any = True if config.init_lora_weights == "default" else config.init_lora_weights
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -59,7 +60,7 @@ def add_lora(model: PreTrainedModel, config: BaseConfig) -> PeftModel:
         task_type=config.lora_task_type,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
+        init_lora_weights=start,
         trainable_token_indices=_new_rows(model),
     )
     set_seed(_DECOMPOSITION_SEED if takes_from_base(lora) else config.seed)

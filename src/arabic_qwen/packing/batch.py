@@ -16,7 +16,18 @@ class PackedBatch:
     """One token stream of N tokens with S attention segments, T targets, C completions and G groups.
 
     A group of one completion is one segment. A group of several has a segment for the prompt and one for each
-    completion, whose keys and values are the prompt's followed by its own (`kv_index`).
+    completion, whose keys and values are the prompt's followed by its own (`kv_index`). Two groups, of a prompt `p q r` with
+    completions `a b` and `x y z`, and of a prompt `s` with the completion `t u`:
+
+        stream          p q r  a b  x y z  s t u     query_lengths 3 2 3 3
+        position_ids    0 1 2  3 4  3 4 5  0 1 2     a completion continues its prompt's positions
+        p q r   sees    p q r                        key_lengths 3 5 6 3
+        a b     sees    p q r  a b                   each up to itself: causal, aligned at the end
+        x y z   sees    p q r       x y z            the prompt's keys are gathered again, not computed again
+        s t u   sees                       s t u
+        targets                a b  x y z    t u     what is predicted …
+        target_index           r a  r x y    s t     … and the token whose hidden state predicts it
+        target_completion      0 0  1 1 1    2 2
     """
 
     input_ids: torch.Tensor  # [N] int64
@@ -31,14 +42,13 @@ class PackedBatch:
     target_index: torch.Tensor  # [T] int64: stream position whose hidden state predicts the target
     target_ids: torch.Tensor  # [T] int64
     target_completion: torch.Tensor  # [T] int64 in [0, C): the completion that the target belongs to
-    first: torch.Tensor  # [G] int64 in [0, C): each group's first completion, the chosen one, where it has any
-    others: torch.Tensor  # [C - G] int64 in [0, C): the rejected ones
-    others_group: torch.Tensor  # [C - G] int64 in [0, G): the group that each of them belongs to
+    completion_group: torch.Tensor  # [C] int64 in [0, G): the group that the completion belongs to
+    chosen: torch.Tensor  # int64 in [0, C): the desirable completions
+    rejected: torch.Tensor  # int64 in [0, C): the others
     num_targets: torch.Tensor  # [C] int64
     lengths: torch.Tensor  # [C] float32: as the data gives them, else num_targets
-    labels: torch.Tensor  # [G] bool
     tags: torch.Tensor  # [G] int64
-    reference: torch.Tensor | None  # [C] float32: the reference's log-probabilities, where all are known
+    reference: torch.Tensor | None  # [T] float32: the reference's log-probabilities, where all are known
 
     @property
     def num_completions(self) -> int:
@@ -94,8 +104,8 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
     def cumulative(lengths: list[int]) -> torch.Tensor:
         return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
 
-    counts = np.array([len(group.completions) for group in groups])
-    first = (np.cumsum(counts) - counts)[counts > 0]
+    counts = [len(group.completions) for group in groups]
+    desirable = np.array([completion.desirable for group in groups for completion in group.completions], dtype=bool)
     num_targets = [int(c.targets.sum()) for group in groups for c in group.completions]
     given = [length for group in groups for length in group.lengths or [np.nan] * len(group.completions)]
     return PackedBatch(
@@ -111,12 +121,11 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
         target_index=long(target_index),
         target_ids=long(target_ids),
         target_completion=long(target_completion),
-        first=torch.from_numpy(first),
-        others=torch.from_numpy(np.delete(np.arange(counts.sum()), first)),
-        others_group=torch.from_numpy(np.repeat(np.arange(len(groups)), np.maximum(counts - 1, 0))),
+        completion_group=torch.from_numpy(np.repeat(np.arange(len(groups)), counts)),
+        chosen=torch.from_numpy(np.flatnonzero(desirable)),
+        rejected=torch.from_numpy(np.flatnonzero(~desirable)),
         num_targets=torch.tensor(num_targets),
         lengths=torch.from_numpy(np.where(np.isnan(given), num_targets, given).astype(np.float32)),
-        labels=torch.tensor([group.label for group in groups]),
         tags=torch.tensor([group.tag for group in groups]),
         reference=_reference(groups),
     )
@@ -128,8 +137,7 @@ def _rounded_up(length: int) -> int:
 
 
 def _reference(groups: Sequence[Group]) -> torch.Tensor | None:
-    values = [group.reference for group in groups]
-    if any(value is None for value in values):
+    known = [group.reference[: len(group.completions)] for group in groups if group.reference is not None]
+    if len(known) < len(groups):
         return None
-    pairs = zip(groups, values, strict=True)
-    return torch.tensor([v for group, value in pairs for v in (value or ())[: len(group.completions)]])
+    return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(logps for values in known for logps in values)]))

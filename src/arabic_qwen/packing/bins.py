@@ -37,7 +37,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
 
 
 def micro_batches(groups: Sequence[Group], token_budget: int) -> list[list[Group]]:
-    """Cut groups into few batches of at most `token_budget` tokens, `mismatched` too; a longer group stands alone."""
+    """Cut groups into few batches of at most `token_budget` tokens, auxiliary ones too; a longer group stands alone."""
     bins = budget_bins([group.num_budgeted for group in groups], token_budget)
     return [[groups[i] for i in sorted(members)] for members in bins]
 

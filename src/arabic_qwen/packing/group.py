@@ -8,19 +8,27 @@ import numpy as np
 
 
 class Completion(NamedTuple):
-    """Token ids [length] that continue a prompt, and which of them are targets [length, bool]."""
+    """Tokens that continue a prompt.
+
+    Attributes:
+        ids: [length] token ids.
+        targets: [length] bool, which of them are learned.
+        desirable: chosen or good, as opposed to rejected or bad.
+    """
 
     ids: np.ndarray
     targets: np.ndarray
+    desirable: bool = True
 
 
 class Group(NamedTuple):
-    """A prompt's token ids [length ≥ 1] and the completions that share it: the chosen one first, then the rejected.
+    """A prompt's token ids [length ≥ 1] and the completions that share it.
 
     Attributes:
-        label: whether the completion is desirable, for methods that learn from single completions.
-        mismatched: a completion of another prompt, for KTO's estimate of the divergence.
-        reference: the reference's log-probability of each completion (and of `mismatched`), where it is precomputed.
+        auxiliary: further completions of the prompt, which are scored without a gradient for what a method needs to know of
+            the whole step: those of other prompts, for KTO's estimate of the divergence.
+        reference: of each completion, then of each auxiliary one, the reference's log-probabilities of its targets, where
+            they are precomputed.
         lengths: of each completion, as the data gives them, in any unit; for reports only.
         tag: 0, or which part of the set it is measured with too.
         row: where it comes from (:class:`~arabic_qwen.data.locations.RowLocations`); below 0: not known.
@@ -28,12 +36,16 @@ class Group(NamedTuple):
 
     prompt: np.ndarray
     completions: tuple[Completion, ...]
-    label: bool = True
-    mismatched: Completion | None = None
-    reference: tuple[float, ...] | None = None
+    auxiliary: tuple[Completion, ...] = ()
+    reference: tuple[np.ndarray, ...] | None = None
     lengths: tuple[float, ...] | None = None
     tag: int = 0
     row: int = -1
+
+    @property
+    def desirable(self) -> bool:
+        """Of its first completion; a group without completions is desirable."""
+        return not self.completions or self.completions[0].desirable
 
     @property
     def num_tokens(self) -> int:
@@ -42,13 +54,16 @@ class Group(NamedTuple):
 
     @property
     def num_budgeted(self) -> int:
-        """Tokens that count against a token budget: `mismatched` too."""
-        return self.num_tokens + (len(self.mismatched.ids) if self.mismatched else 0)
+        """Tokens that count against a token budget: those of auxiliary completions too."""
+        return self.num_tokens + sum(len(completion.ids) for completion in self.auxiliary)
+
+    def scored(self) -> tuple[Completion, ...]:
+        """All that the reference scores, in the order of `reference`."""
+        return (*self.completions, *self.auxiliary)
 
 
-def with_mismatched(group: Group, own: bool) -> Group:
-    """The group's prompt with the mismatched completion, after its own one or alone."""
-    assert group.mismatched is not None
-    completions, reference = (*group.completions, group.mismatched), group.reference
+def auxiliary_group(group: Group, own: bool) -> Group:
+    """The prompt with its auxiliary completions, after its own ones or alone, as a group to be packed."""
     start = 0 if own else len(group.completions)
-    return group._replace(completions=completions[start:], reference=reference and reference[start:], lengths=None)
+    reference = group.reference and group.reference[start:]
+    return group._replace(completions=group.scored()[start:], auxiliary=(), reference=reference, lengths=None)

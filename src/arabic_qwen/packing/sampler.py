@@ -22,7 +22,7 @@ class Sequences(Dataset[list[Group]]):
         lengths = [group.num_tokens for group in groups]
         self.members = best_fit_decreasing(lengths, capacity) if capacity else [[i] for i in range(len(groups))]
         self.lengths = [sum(lengths[i] for i in members) for members in self.members]
-        self.labels = [groups[members[0]].label for members in self.members]
+        self.desirable = [groups[members[0]].desirable for members in self.members]
 
     def __len__(self) -> int:
         return len(self.members)
@@ -39,9 +39,9 @@ class StepSampler(Sampler[list[int]]):
     repeated.
     """
 
-    def __init__(self, args: TrainingArguments, lengths: list[int], labels: list[bool], epoch: Callable[[], int]):
+    def __init__(self, args: TrainingArguments, lengths: list[int], desirable: list[bool], epoch: Callable[[], int]):
         self.lengths = lengths
-        self.labels = labels
+        self.desirable = desirable
         self.epoch = epoch
         self.by_length = args.train_sampling_strategy == "group_by_length"
         self.seed = args.seed if args.data_seed is None else args.data_seed
@@ -56,7 +56,7 @@ class StepSampler(Sampler[list[int]]):
         generator = torch.Generator().manual_seed(self.seed + self.epoch())
         shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
         # Desirable and undesirable rows, spread evenly over the epoch, so that every step has its share of both.
-        classes = [[i for i in shuffled if self.labels[i] is label] for label in (True, False)]
+        classes = [[i for i in shuffled if self.desirable[i] is kind] for kind in (True, False)]
         if self.by_length:
             classes = [self._by_length(rows, generator) for rows in classes]
         place = {i: (position + 0.5) / len(rows) for rows in classes for position, i in enumerate(rows)}

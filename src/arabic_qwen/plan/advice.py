@@ -8,7 +8,7 @@ from typing import Any
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.models.sources import is_adapter
-from arabic_qwen.plan.data import Mix
+from arabic_qwen.plan.data import LengthMix
 
 _SHORTEST = 256  # tokens that are advised as the longest
 
@@ -21,7 +21,7 @@ def setting(update: dict[str, Any]) -> str:
     )
 
 
-def remedies(config: BaseConfig, mix: Mix, on_gpu: bool) -> list[dict[str, Any]]:
+def remedies(config: BaseConfig, mix: LengthMix, on_gpu: bool) -> list[dict[str, Any]]:
     """Updates that may save memory, what costs least first."""
     found: list[dict[str, Any]] = []
     if not on_gpu and config.gradient_checkpointing is not True:

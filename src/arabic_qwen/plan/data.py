@@ -17,6 +17,7 @@ from arabic_qwen.config.data import data_sources
 from arabic_qwen.data.sources import read_rows
 from arabic_qwen.errors import DatasetError, ModelLoadError, one_line
 from arabic_qwen.memory.fit import largest_step
+from arabic_qwen.methods.registry import METHODS
 from arabic_qwen.packing.bins import budget_bins
 from arabic_qwen.packing.group import Group
 from arabic_qwen.packing.sampler import Sequences
@@ -27,11 +28,11 @@ _COMPLETIONS = {1: "one answer", 2: "two answers (a chosen and one rejected)"}
 _READ_AT_ONCE = 20e6  # bytes of data files that take no noticeable time
 
 
-class Mix(NamedTuple):
+class LengthMix(NamedTuple):
     """What the examples are like: measured on the data, or assumed."""
 
     tokens: float  # of an example in the stream, where its prompt counts once
-    budgeted: float  # of these and KTO's completion of another prompt, which count against a token budget
+    budgeted: float  # of these and auxiliary completions, which count against a token budget
     targets: float
     pairs: float  # of a query and a key that it sees
     gathered: float  # keys that are its prompt's, again for each completion that shares it
@@ -66,7 +67,7 @@ def _largest_micro_batch(lengths: tuple[tuple[int, int], ...], examples_a_step: 
     return largest
 
 
-def mix_of(config: BaseConfig) -> Mix:
+def length_mix(config: BaseConfig) -> LengthMix:
     """What the training data is like; assumed where reading it would take long, or cannot be done yet.
 
     Raises:
@@ -78,14 +79,15 @@ def mix_of(config: BaseConfig) -> Mix:
             return _measured_mix(config)
         except ModelLoadError as error:  # it has no tokenizer yet
             reason = one_line(error)
-    completions = 1 if config.method in ("sft", "kto") else 2
+    method = METHODS[config.method]
+    completions = 2 if method.rows[0] == "pair" else 1
     limit = getattr(config, config.length_key)
     prompt, answer = min(250, limit // 2), min(305, limit // 2)
     tokens = prompt + completions * answer
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return Mix(
+    return LengthMix(
         tokens=tokens,
-        budgeted=prompt + (completions + (config.method == "kto")) * answer,
+        budgeted=prompt + (completions + (method.auxiliary is not None)) * answer,
         targets=completions * answer,
         pairs=prompt**2 / 2 + completions * answer * (prompt + answer / 2),
         gathered=completions * prompt if completions > 1 else 0,
@@ -111,7 +113,7 @@ def _not_read(config: BaseConfig) -> str:
     return "large" if size > _READ_AT_ONCE else ""
 
 
-def _measured_mix(config: BaseConfig) -> Mix:
+def _measured_mix(config: BaseConfig) -> LengthMix:
     logging.disable(logging.WARNING)  # what is said there is for training
     try:
         return _sampled_mix(config)
@@ -119,7 +121,7 @@ def _measured_mix(config: BaseConfig) -> Mix:
         logging.disable(logging.NOTSET)
 
 
-def _sampled_mix(config: BaseConfig) -> Mix:
+def _sampled_mix(config: BaseConfig) -> LengthMix:
     rows = sum(1 for _ in read_rows(config, config.dataset_path))
     with tempfile.TemporaryDirectory() as elsewhere:
         update = {"max_samples": min(rows, _SAMPLE), "output_dir": elsewhere, "streaming": False}
@@ -136,7 +138,7 @@ def _sampled_mix(config: BaseConfig) -> Mix:
     largest = sorted((group.num_budgeted for group in groups), reverse=True)
     steps = config.max_steps or math.ceil(config.num_train_epochs * an_epoch)
     examples = examples_of(groups)
-    return Mix(
+    return LengthMix(
         **examples,
         step=min(sum(largest), largest_step(largest, together, capacity)),
         epochs=steps / an_epoch,
@@ -148,7 +150,7 @@ def _sampled_mix(config: BaseConfig) -> Mix:
 
 
 def examples_of(groups: Sequence[Group]) -> dict[str, Any]:
-    """The fields of :class:`Mix` that are of examples, measured."""
+    """The fields of :class:`LengthMix` that are of examples, measured."""
     pairs = [
         len(g.prompt) ** 2 / 2 + sum(len(c.ids) * (len(g.prompt) + len(c.ids) / 2) for c in g.completions)
         for g in groups

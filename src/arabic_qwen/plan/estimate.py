@@ -18,13 +18,13 @@ from arabic_qwen.errors import ConfigurationError, ModelLoadError, one_line
 from arabic_qwen.memory.fit import PROCESSOR_BUDGET, Fit, busy_budget, choose
 from arabic_qwen.memory.gpus import GPUS, SHOWN, Gpu, known, this_device
 from arabic_qwen.memory.model import Memory, ModelShape, frozen_bytes, model_shape, step_memory
-from arabic_qwen.methods.objectives import METHODS
+from arabic_qwen.methods.registry import METHODS
 from arabic_qwen.models.compilation import pays
 from arabic_qwen.models.scoring import check_attention
 from arabic_qwen.models.sources import is_adapter, locate_configuration, locate_model
 from arabic_qwen.plan.advice import faster, remedies, setting
 from arabic_qwen.plan.checks import check_here, check_on, dtype_there, flash_there, message
-from arabic_qwen.plan.data import Mix, mix_of
+from arabic_qwen.plan.data import LengthMix, length_mix
 
 # Three parts of a step's time, which on an H100 give what was measured of a 7B in five methods and at 512 to 32,768 tokens,
 # and of a 0.5B in two methods, within 5 %.
@@ -92,7 +92,7 @@ class Plan:
     model: str
     has_weights: bool  # on this machine
     shape: ModelShape
-    mix: Mix
+    mix: LengthMix
     devices: list[Estimate]
 
 
@@ -108,7 +108,7 @@ def plan(config: BaseConfig, gpus: Sequence[str] = ()) -> Plan:
     others = [known(name) for name in gpus or SHOWN]
     check_on(config, GPUS["H200"])  # what the newest refuses, all do
     path, model_config = _configuration_of(config.model_name)
-    mix = mix_of(config)
+    mix = length_mix(config)
     config = _with_own_adapter(config)
     other = getattr(config, "ref_model_name", None)
     frozen = config.model_copy(update={"use_lora": False})
@@ -170,7 +170,7 @@ class _Run:
     def __init__(
         self,
         config: BaseConfig,
-        mix: Mix,
+        mix: LengthMix,
         model_config: Any,
         reference: ModelShape | None,
         shapes: dict[Any, ModelShape],
@@ -198,7 +198,7 @@ class _Run:
 
     @property
     def objective(self) -> Any:
-        return METHODS[self.config.method].objective(self.config)
+        return METHODS[self.config.method].make_objective(self.config)
 
     def reference_bytes(self, gpu: Gpu) -> float:
         """Of a reference that is in memory beside the policy; 0 where the policy without its adapters is the reference."""
@@ -289,7 +289,7 @@ class _Run:
     @property
     def forward_passes(self) -> int:
         """Of the policy in a step; the backward one takes as long as two."""
-        return 1 + self.objective.needs_kl + self.objective.whole_step
+        return 1 + (self.objective.auxiliary is not None) + self.objective.whole_step
 
     @property
     def precomputes(self) -> bool:
@@ -397,7 +397,7 @@ class _Run:
         return self.memory(gpu, max(self.config.token_budget or 0, self.mix.longest), recomputed).total
 
 
-def _forward(shape: ModelShape, mix: Mix) -> tuple[float, float, float]:
+def _forward(shape: ModelShape, mix: LengthMix) -> tuple[float, float, float]:
     """Operations of a forward pass over an example, 2 for each weight that a token meets: layers, attention, logits."""
     layers = 2 * (shape.linear + shape.adapters) * mix.tokens
     attention = 4 * shape.attention * mix.pairs * shape.layers

@@ -53,7 +53,7 @@ def draw_loss_curve(run_dir: Path) -> Path | None:
     by_dialect = sorted({key for entry in entries for key in entry if key.startswith("eval_loss/")})
     if by_dialect:
         panels.append({f"validation, {key.partition('/')[2]}": key for key in by_dialect})
-    figure = Figure(figsize=(7 * len(panels), 4), layout="constrained")
+    figure = Figure(figsize=(7 * len(panels), 4))
     for axes, lines in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for label, key in lines.items():
             points = [(entry["step"], entry[key]) for entry in entries if key in entry]

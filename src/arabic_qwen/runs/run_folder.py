@@ -221,8 +221,8 @@ def data_sums(dataset: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(split, GroupDataset):
             digest = hashlib.sha256()
             for group in split:
-                digest.update(group.prompt.tobytes() + (b"+" if group.label else b"-"))
-                for ids, targets in group.completions:
+                digest.update(group.prompt.tobytes() + (b"+" if group.desirable else b"-"))
+                for ids, targets, _ in group.completions:
                     digest.update(b"|" + ids.tobytes() + targets.tobytes())
             sums[name] = digest.hexdigest()
         elif isinstance(split, GroupStream):

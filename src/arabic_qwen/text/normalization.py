@@ -80,11 +80,11 @@ def normalize_counted(text: str, counts: Counter[str], profile: str = "train", *
 def rules_table(profile: str = "train") -> str:
     """A Markdown table of a profile's rules: name, default, what it does, why."""
     header = ["| rule | default | what it does | why |", "|---|---|---|---|"]
-    shown = {True: "on", False: "off"}
+    shown: dict[Setting, str] = {True: "on", False: "off"}
     return "\n".join(
         header
         + [
-            f"| `{rule.name}` | {shown.get(rule.default, rule.default)} | {rule.description} | {rule.reason} |"
+            f"| `{rule.name}` | {shown.get(rule.default, str(rule.default))} | {rule.description} | {rule.reason} |"
             for rule in _profile(profile)
         ]
     )

@@ -5,6 +5,7 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 Setting = bool | str
 Function = Callable[[str], str]
@@ -257,7 +258,7 @@ COMPARE = (
 )
 
 #: Settings of profile `train` that leave a text as it is.
-OFF: dict[str, Setting] = {
+OFF: dict[str, Any] = {
     rule.name: setting for rule in TRAIN for setting, function in rule.settings.items() if function is None
 }
 

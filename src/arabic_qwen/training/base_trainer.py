@@ -18,7 +18,7 @@ from arabic_qwen.config import BaseConfig, SFTConfig, load_config
 from arabic_qwen.config.base import PROMPT_FORMAT, TEMPLATE_SUFFIXES
 from arabic_qwen.data.dataset import GroupDataset
 from arabic_qwen.data.dialects import tag_dialects
-from arabic_qwen.data.loaders import DataLoader, SFTDataLoader, to_padded
+from arabic_qwen.data.loaders import DataLoader, to_padded
 from arabic_qwen.data.stream import GroupStream
 from arabic_qwen.data.templates import set_template, stop_token_ids
 from arabic_qwen.engine import arguments
@@ -31,7 +31,7 @@ from arabic_qwen.files import staged
 from arabic_qwen.generation.respond import GenerationMixin
 from arabic_qwen.generation.samples import Samples
 from arabic_qwen.memory.fit import default_budget
-from arabic_qwen.methods.objectives import METHODS
+from arabic_qwen.methods.registry import METHODS
 from arabic_qwen.models import adapters, compilation, loading, precision, sources
 from arabic_qwen.models.reference import reference_policy
 from arabic_qwen.runs import run_folder
@@ -164,7 +164,7 @@ class BaseTrainer(GenerationMixin):
                 self.evaluate()
             if samples:
                 self.samples = samples.latest
-                self.trainer.samples = None  # type: ignore[union-attr]  # later evaluations are not the run's
+                self.trainer.samples = None  # type: ignore[attr-defined]  # later evaluations are not the run's
             self.save_model()
             if self.trainer.is_world_process_zero():
                 summary = {"metrics": self.metrics, "train": result.metrics, "data": self._data_summary()}
@@ -178,6 +178,8 @@ class BaseTrainer(GenerationMixin):
             ConfigurationError, ModelLoadError, DatasetError: see the steps.
         """
         arguments.check_machine(self._validated())
+        for notice in self._validated().notices():
+            self.logger.warning(notice)
         if not self._model_is_trainable:  # load_model() brought it in for generation
             self.model = None
         self.setup_model_and_tokenizer()
@@ -270,9 +272,9 @@ class BaseTrainer(GenerationMixin):
     def get_data_loader(self) -> DataLoader:
         """The data loader of the training method; methods that are not ours read supervised data."""
         self._setup_tokenizer()
-        method = METHODS.get(self._get_training_method())
-        loader = method.data_loader if method else SFTDataLoader
-        self.data_loader = loader(self._validated(), self.tokenizer)
+        method = self._get_training_method()
+        method = method if method in METHODS else "sft"
+        self.data_loader = METHODS[method].data_loader(self._validated(), self.tokenizer)
         earlier = self._inherit_prompt_format(self._source, keep=set(PROMPT_FORMAT))
         self.data_loader.check_columns = earlier is None or earlier.diacritics != self.config.diacritics
         return self.data_loader
@@ -330,8 +332,8 @@ class BaseTrainer(GenerationMixin):
         if method not in METHODS:
             raise NotImplementedError(f"{type(self).__name__} must override create_trainer for its method {method!r}")
         config = self._validated()
-        objective = METHODS[method].objective(config)
-        known = ["eval_loss", *(f"eval_{name}" for name in objective.metrics)]
+        objective = METHODS[method].make_objective(config)
+        known = ["eval_loss", *(f"eval_{name}" for name in objective.metric_names)]
         if training_args.load_best_model_at_end and config.metric_for_best_model not in known:
             raise ConfigurationError(
                 f"metric_for_best_model: {config.metric_for_best_model!r} is not measured; choose from {', '.join(known)}"
@@ -341,7 +343,7 @@ class BaseTrainer(GenerationMixin):
         reference = None
         if objective.needs_reference:
             reference = reference_policy(self.model, self._start, config, self.tokenizer)
-            if config.precompute_reference:
+            if getattr(config, "precompute_reference", False):
                 groups = [split.groups for split in dataset.values()]
                 cache, budget = Path(config.resolved_output_dir), config.token_budget or default_budget()
                 with precision.autocast(config):
