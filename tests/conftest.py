@@ -1,5 +1,6 @@
 """A tiny tokenizer, tiny models and a small Arabic data set, built anew for each test session."""
 
+import gc
 import json
 import os
 import signal
@@ -28,6 +29,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # the background jobs 
 # Times vary too much on shared machines for a deadline per example; the same examples are tried on each run.
 settings.register_profile("suite", deadline=None, derandomize=True, database=None)
 settings.load_profile("suite")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported by now stays; each run's gc.collect() need not look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
