@@ -20,8 +20,10 @@ class DPOPConfig(ReferenceConfig):
     """DPO-Positive (Pal et al., 2402.13228): a chosen answer that gets less likely than it was costs extra."""
 
     method: ClassVar[str] = "dpop"
-    learning_rate: float = Field(5e-7, gt=0, description="Peak learning rate")
-    penalty: float = Field(50.0, ge=0, description="Weight of what the chosen answer loses (the paper's lambda)")
+    learning_rate: float = Field(default=5e-7, gt=0, description="Peak learning rate")
+    penalty: float = Field(
+        default=50.0, ge=0, description="Weight of what the chosen answer loses (the paper's lambda)"
+    )
 
 
 def objective(config: DPOPConfig) -> Objective:

@@ -23,7 +23,7 @@ class OffsetConfig(ReferenceConfig):
     """Binary classifier optimisation (Jung et al., 2404.04656) with a threshold from answers to other prompts."""
 
     method: ClassVar[str] = "offset"
-    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate")
+    learning_rate: float = Field(default=1e-6, gt=0, description="Peak learning rate")
 
 
 def objective(config: OffsetConfig) -> Objective:

@@ -20,8 +20,8 @@ class UnlikelihoodConfig(PreferenceConfig):
     """Unlikelihood training (Welleck et al., 1908.04319): tokens of rejected answers are to be unlikely."""
 
     method: ClassVar[str] = "unlikelihood"
-    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate")
-    beta: float = Field(1.0, gt=0, description="Weight of the rejected answers' tokens")
+    learning_rate: float = Field(default=1e-5, gt=0, description="Peak learning rate")
+    beta: float = Field(default=1.0, gt=0, description="Weight of the rejected answers' tokens")
 
 
 def objective(config: UnlikelihoodConfig) -> Objective:

@@ -486,7 +486,7 @@ class TestLock:
             stack.enter_context(locked(run.folder))
             return begin(run, *args)
 
-        monkeypatch.setattr(checkpoints, "begin_run", later)
+        monkeypatch.setattr(run_folder, "begin_run", later)
         with contextlib.ExitStack() as stack, pytest.raises(ConfigurationError, match="another run writes into"):
             train(config, resume_from_checkpoint="never")
         assert (stopped / "checkpoint-2").is_dir()

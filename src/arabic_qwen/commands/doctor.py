@@ -11,7 +11,7 @@ import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
@@ -113,7 +113,8 @@ def _quantisation() -> list[Finding]:
         ("8 bit", "load_in_8bit", True),
         ("fp8", "base_precision", "fp8"),
     ):
-        config = SFTConfig(**{setting: value})
+        given: dict[str, Any] = {setting: value}
+        config = SFTConfig(**given)
         try:
             precision.quantization(config)
             precision.check_fp8(config)

@@ -151,171 +151,200 @@ class BaseConfig(BaseModel):
     }
 
     model_name: Text = Field(
-        "Qwen/Qwen2.5-7B", description="Hub id, local folder, or the output folder of an earlier run"
+        default="Qwen/Qwen2.5-7B", description="Hub id, local folder, or the output folder of an earlier run"
     )
     dataset_path: DataPath = Field(
-        "data/training.jsonl",
+        default="data/training.jsonl",
         description="Training data: file, folder, hub id (org/name), sample:sft, or a list of these (docs/data.md)",
     )
     eval_dataset_path: DataPath | None = Field(
-        None, description="Validation data, as dataset_path; unset: validation_split of the training data"
+        default=None, description="Validation data, as dataset_path; unset: validation_split of the training data"
     )
     validation_split: float = Field(
-        0.1, ge=0, lt=1, description="Share of rows held out for validation, chosen by data_seed"
+        default=0.1, ge=0, lt=1, description="Share of rows held out for validation, chosen by data_seed"
     )
-    dataset_split: str = Field("train", description="Split of hub and save_to_disk sets that have several")
-    dataset_config: str | None = Field(None, description="Configuration (subset) of hub sets that have several")
+    dataset_split: str = Field(default="train", description="Split of hub and save_to_disk sets that have several")
+    dataset_config: str | None = Field(default=None, description="Configuration (subset) of hub sets that have several")
     column_map: dict[str, str] = Field(
-        {}, description="Our column: yours, as in {instruction: question, response: answer}; others are not read"
+        default={},
+        description="Our column: yours, as in {instruction: question, response: answer}; others are not read",
     )
     max_samples: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="Rows used at most, of training and validation data each, chosen by data_seed; null: all",
     )
     max_bad_rows: int = Field(
-        0, ge=0, description="Rows that cannot be trained on and may be left out (into bad_rows.jsonl); more: an error"
+        default=0,
+        ge=0,
+        description="Rows that cannot be trained on and may be left out (into bad_rows.jsonl); more: an error",
     )
     normalize: Annotated[Literal["train", False], BeforeValidator(_check_normalize)] = Field(
-        "train", description="Normalise Arabic text by this profile (docs/arabic_data.md); false: read it as it is"
+        default="train",
+        description="Normalise Arabic text by this profile (docs/arabic_data.md); false: read it as it is",
     )
     diacritics: Diacritics = Field(
-        "keep",
+        default="keep",
         description="keep, strip or partial (keeps shadda and tanwin), for all text or by column: "
         "{instruction: strip, output: keep}",
     )
     streaming: bool = Field(
-        False, description="Read training rows as training goes on, for data larger than memory; needs max_steps"
+        default=False,
+        description="Read training rows as training goes on, for data larger than memory; needs max_steps",
     )
-    output_dir: Text = Field("./checkpoints", description="Where the run is written; unset: ./checkpoints/<method>")
+    output_dir: Text = Field(
+        default="./checkpoints", description="Where the run is written; unset: ./checkpoints/<method>"
+    )
     instruction_template: Template = Field(
-        "alpaca", description="Prompt format: alpaca, chatml, tokenizer (its own chat template), or a path *.jinja"
+        default="alpaca",
+        description="Prompt format: alpaca, chatml, tokenizer (its own chat template), or a path *.jinja",
     )
-    response_template: str = Field("### Response:\n", description="What precedes the answer in the alpaca template")
-    system_prompt: str | None = Field(None, description="System prompt of conversations that have none")
-    overwrite_output_dir: bool = Field(False, description="Discard the run that output_dir holds and start again")
+    response_template: str = Field(
+        default="### Response:\n", description="What precedes the answer in the alpaca template"
+    )
+    system_prompt: str | None = Field(default=None, description="System prompt of conversations that have none")
+    overwrite_output_dir: bool = Field(
+        default=False, description="Discard the run that output_dir holds and start again"
+    )
     resume_from_checkpoint: Text = Field(
-        "auto",
+        default="auto",
         description="auto: go on with the run that output_dir holds; never: set it aside and start again; "
         "or the checkpoint folder to go on from",
     )
     resume_changed: bool = Field(
-        False, description="Go on also where settings or data differ from those of the run so far"
+        default=False, description="Go on also where settings or data differ from those of the run so far"
     )
 
     max_seq_length: int = Field(
-        512, ge=8, description="Longest sequence, in tokens; longer ones are cut at the end and counted"
+        default=512, ge=8, description="Longest sequence, in tokens; longer ones are cut at the end and counted"
     )
     torch_dtype: TorchDtype = Field(
-        "bfloat16",
+        default="bfloat16",
         description="Precision of frozen weights and of computation; auto: the best that the device computes fast",
     )
-    bf16: bool = Field(False, description="Compute in bfloat16 whatever torch_dtype says")
-    fp16: bool = Field(False, description="Compute in float16 whatever torch_dtype says (CUDA only)")
-    load_in_4bit: bool = Field(False, description="NF4-quantised base model (needs bitsandbytes)")
-    load_in_8bit: bool = Field(False, description="int8-quantised base model (needs CUDA and bitsandbytes)")
+    bf16: bool = Field(default=False, description="Compute in bfloat16 whatever torch_dtype says")
+    fp16: bool = Field(default=False, description="Compute in float16 whatever torch_dtype says (CUDA only)")
+    load_in_4bit: bool = Field(default=False, description="NF4-quantised base model (needs bitsandbytes)")
+    load_in_8bit: bool = Field(default=False, description="int8-quantised base model (needs CUDA and bitsandbytes)")
     base_precision: Literal["fp8"] | None = Field(
-        None,
+        default=None,
         description="fp8: frozen linear layers compute in 8-bit floating point, faster (Ada, Hopper or newer GPU); "
         "null: torch_dtype",
     )
     use_flash_attention: bool = Field(
-        True, description="Variable-length flash attention on CUDA; false: PyTorch SDPA per sequence"
+        default=True, description="Variable-length flash attention on CUDA; false: PyTorch SDPA per sequence"
     )
 
     torch_compile: bool | Literal["auto"] = Field(
-        "auto", description="Compile the model's layers: a minute or two, then faster; auto: for long runs on a GPU"
+        default="auto",
+        description="Compile the model's layers: a minute or two, then faster; auto: for long runs on a GPU",
     )
 
-    use_lora: bool = Field(True, description="Train LoRA adapters; false: train all weights")
-    lora_r: int = Field(16, ge=1, description="Rank of the adapters")
-    lora_alpha: int = Field(32, ge=1, description="Scale of the adapters: alpha / r")
-    lora_dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the adapters' input")
+    use_lora: bool = Field(default=True, description="Train LoRA adapters; false: train all weights")
+    lora_r: int = Field(default=16, ge=1, description="Rank of the adapters")
+    lora_alpha: int = Field(default=32, ge=1, description="Scale of the adapters: alpha / r")
+    lora_dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout on the adapters' input")
     lora_target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
-        ["q_proj", "v_proj"], description="Names of the linear layers that get adapters, or all-linear"
+        default=["q_proj", "v_proj"], description="Names of the linear layers that get adapters, or all-linear"
     )
-    use_rslora: bool = Field(False, description="Scale the adapters by alpha / sqrt(r): for high ranks")
-    use_dora: bool = Field(False, description="DoRA: learn the weights' magnitude apart from their direction; slower")
+    use_rslora: bool = Field(default=False, description="Scale the adapters by alpha / sqrt(r): for high ranks")
+    use_dora: bool = Field(
+        default=False, description="DoRA: learn the weights' magnitude apart from their direction; slower"
+    )
     init_lora_weights: Literal["default", "gaussian", "pissa", "pissa_niter_16", "olora"] = Field(
-        "default", description="Where adapters start: at zero, or (pissa, olora) from the weights' main components"
+        default="default",
+        description="Where adapters start: at zero, or (pissa, olora) from the weights' main components",
     )
-    lora_bias: Literal["none", "all", "lora_only"] = Field("none", description="Biases to train")
-    lora_task_type: Literal["CAUSAL_LM"] = Field("CAUSAL_LM", description="PEFT task type")
+    lora_bias: Literal["none", "all", "lora_only"] = Field(default="none", description="Biases to train")
+    lora_task_type: Literal["CAUSAL_LM"] = Field(default="CAUSAL_LM", description="PEFT task type")
     merge_and_save: bool = Field(
-        False, description="Save the model with the adapters merged into it, instead of adapters only"
+        default=False, description="Save the model with the adapters merged into it, instead of adapters only"
     )
 
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate")
+    learning_rate: float = Field(default=2e-4, gt=0, description="Peak learning rate")
     num_train_epochs: int | float = Field(
-        3, gt=0, description="Passes over the training set", json_schema_extra={"exclusiveMinimum": 0}
+        default=3, gt=0, description="Passes over the training set", json_schema_extra={"exclusiveMinimum": 0}
     )
-    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; null: from num_train_epochs")
-    per_device_train_batch_size: int = Field(4, ge=1, description="Training sequences per device and accumulation step")
-    per_device_eval_batch_size: int = Field(8, ge=1, description="Evaluation sequences per device and step")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Batches per optimizer step")
+    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps; null: from num_train_epochs")
+    per_device_train_batch_size: int = Field(
+        default=4, ge=1, description="Training sequences per device and accumulation step"
+    )
+    per_device_eval_batch_size: int = Field(default=8, ge=1, description="Evaluation sequences per device and step")
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Batches per optimizer step")
     token_budget: int | None = Field(
-        None, ge=1, description="Tokens computed at a time; changes speed and memory, never results; unset: what fits"
+        default=None,
+        ge=1,
+        description="Tokens computed at a time; changes speed and memory, never results; unset: what fits",
     )
-    lr_scheduler_type: SchedulerName = Field("linear", description="Learning-rate schedule, by its transformers name")
-    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises")
+    lr_scheduler_type: SchedulerName = Field(
+        default="linear", description="Learning-rate schedule, by its transformers name"
+    )
+    warmup_ratio: float = Field(
+        default=0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises"
+    )
     optim: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="Optimizer; adamw_8bit keeps its moments in 8 bits (needs CUDA and bitsandbytes)"
+        default="adamw", description="Optimizer; adamw_8bit keeps its moments in 8 bits (needs CUDA and bitsandbytes)"
     )
-    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradient-norm clipping; 0: none")
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="Gradient-norm clipping; 0: none")
     loss_spikes: Literal["log", "skip"] = Field(
-        "log", description="Steps whose loss is far above those before: log them with their rows, or skip their updates"
+        default="log",
+        description="Steps whose loss is far above those before: log them with their rows, or skip their updates",
     )
     gradient_checkpointing: bool | Literal["auto"] = Field(
-        True,
+        default=True,
         description="Recompute activations in the backward pass to save memory; auto: in as few layers as memory needs",
     )
-    seed: int = Field(42, ge=0, le=_MAX_SEED, description="Seed of initialisation and dropout")
+    seed: int = Field(default=42, ge=0, le=_MAX_SEED, description="Seed of initialisation and dropout")
     data_seed: int | None = Field(
-        42, ge=0, le=_MAX_SEED, description="Seed of the split and the data order; null: seed"
+        default=42, ge=0, le=_MAX_SEED, description="Seed of the split and the data order; null: seed"
     )
 
-    evaluation_strategy: Strategy = Field("steps", description="When to evaluate: no, steps, epoch")
-    eval_steps: int = Field(500, ge=1, description="Steps between evaluations")
+    evaluation_strategy: Strategy = Field(default="steps", description="When to evaluate: no, steps, epoch")
+    eval_steps: int = Field(default=500, ge=1, description="Steps between evaluations")
     eval_samples: int = Field(
-        4, ge=0, description="Held-out prompts that the model answers at each evaluation (into samples.jsonl); 0: none"
+        default=4,
+        ge=0,
+        description="Held-out prompts that the model answers at each evaluation (into samples.jsonl); 0: none",
     )
     dialect_model: Text | None = Field(
-        None,
+        default=None,
         description="Dialect classifier, a file of `arabic-qwen data fit-dialects`; null: the one that comes along",
     )
-    save_strategy: Strategy = Field("steps", description="When to save checkpoints: no, steps, epoch")
-    save_steps: int = Field(1000, ge=1, description="Steps between checkpoints")
-    save_total_limit: int | None = Field(3, ge=1, description="Checkpoints kept; null: all")
-    load_best_model_at_end: bool = Field(True, description="End with the checkpoint that evaluated best")
-    metric_for_best_model: str = Field("eval_loss", description="Metric that decides which is best")
+    save_strategy: Strategy = Field(default="steps", description="When to save checkpoints: no, steps, epoch")
+    save_steps: int = Field(default=1000, ge=1, description="Steps between checkpoints")
+    save_total_limit: int | None = Field(default=3, ge=1, description="Checkpoints kept; null: all")
+    load_best_model_at_end: bool = Field(default=True, description="End with the checkpoint that evaluated best")
+    metric_for_best_model: str = Field(default="eval_loss", description="Metric that decides which is best")
     early_stopping_patience: int | None = Field(
-        3, ge=1, description="Evaluations without improvement before stopping; null: never"
+        default=3, ge=1, description="Evaluations without improvement before stopping; null: never"
     )
     early_stopping_threshold: float = Field(
-        0.0, ge=0, description="Smallest change of the metric that counts as improvement"
+        default=0.0, ge=0, description="Smallest change of the metric that counts as improvement"
     )
 
-    logging_steps: int = Field(10, ge=1, description="Steps between log lines")
+    logging_steps: int = Field(default=10, ge=1, description="Steps between log lines")
     report_to: str | list[str] = Field(
-        "none", description="Also log to wandb, tensorboard or mlflow (extras of these names)"
+        default="none", description="Also log to wandb, tensorboard or mlflow (extras of these names)"
     )
-    run_name: str | None = Field(None, description="Name of the run in those services")
+    run_name: str | None = Field(default=None, description="Name of the run in those services")
     callbacks: list[Callback] = Field(
         default_factory=list, exclude=True, description="Further transformers.TrainerCallback objects (Python only)"
     )
 
-    dataloader_num_workers: int = Field(0, ge=0, description="Processes that pack batches ahead of the training step")
-    dataloader_pin_memory: bool = Field(True, description="Page-locked batches, for faster copies to CUDA")
-    group_by_length: bool = Field(False, description="Put sequences of similar length into one batch")
+    dataloader_num_workers: int = Field(
+        default=0, ge=0, description="Processes that pack batches ahead of the training step"
+    )
+    dataloader_pin_memory: bool = Field(default=True, description="Page-locked batches, for faster copies to CUDA")
+    group_by_length: bool = Field(default=False, description="Put sequences of similar length into one batch")
     length_column_name: str = Field(
-        "length", description="Column with the token count in datasets given to custom trainers"
+        default="length", description="Column with the token count in datasets given to custom trainers"
     )
     ddp_backend: Literal["nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"] | None = Field(
-        None, description="Backend of torch.distributed; null: by device"
+        default=None, description="Backend of torch.distributed; null: by device"
     )
-    ddp_find_unused_parameters: bool | None = Field(None, description="Passed to DistributedDataParallel")
-    deepspeed: Text | None = Field(None, description="DeepSpeed configuration file")
+    ddp_find_unused_parameters: bool | None = Field(default=None, description="Passed to DistributedDataParallel")
+    deepspeed: Text | None = Field(default=None, description="DeepSpeed configuration file")
 
     def __init__(self, /, **values: Any) -> None:
         try:

@@ -15,7 +15,7 @@ class DataSource(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     path: str = Field(min_length=1)
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
     split: str | None = None
     config: str | None = None
     columns: dict[str, str] | None = None

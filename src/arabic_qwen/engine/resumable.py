@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from accelerate.utils import gather_object
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from arabic_qwen.config import BaseConfig
 from arabic_qwen.engine.callbacks import ProgressDisplay
@@ -44,8 +45,18 @@ from arabic_qwen.runs.state import load_state, save_state
 logger = logging.getLogger(__name__)
 
 
+class _Begin(TrainerCallback):
+    """Lets a trainer act when training begins, before its other callbacks."""
+
+    def __init__(self, begin: Callable[[], None]):
+        self._begin = begin
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._begin()
+
+
 class ResumableTrainer(Trainer):
-    """Overrides how checkpoints are written and read; :meth:`progress` and :meth:`go_on` are for subclasses.
+    """Overrides how checkpoints are written and read; :meth:`progress`, :meth:`go_on` and :meth:`begin` are for subclasses.
 
     DeepSpeed and FSDP keep their engines' own files for optimizer and scheduler.
 
@@ -92,16 +103,25 @@ class ResumableTrainer(Trainer):
         self.go_on(progress.get("trainer", {}))
         if self.is_deepspeed_enabled:
             _restrict_deepspeed()
+        self.callback_handler.callbacks.insert(0, _Begin(self.begin))
         try:
             with told_memory(), watched_workers():
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            self.remove_callback(_Begin)
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ProgressDisplay):  # an exception skips on_train_end
                     callback.close()
         if self.stop and self.stop.received:
             self.stop.leave()
         return result
+
+    def begin(self) -> None:
+        """Called once model, optimizer and schedule are ready: puts a checkpoint's state into them and the callbacks."""
+        if self._resumed_from:
+            self._restore_callbacks(Path(self._resumed_from))
+            if not self._has_shards:
+                self._restore_optimizer(Path(self._resumed_from))
 
     def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]
         self._finish_step(kwargs["trial"], kwargs["ignore_keys_for_eval"])
@@ -157,15 +177,11 @@ class ResumableTrainer(Trainer):
             self.args.load_best_model_at_end, self.args.save_total_limit = False, None
         else:
             self._finish_step(trial)
-        return super()._finalize_training(trial, *args)
-
-    def _load_best_model(self) -> None:
-        best = str(self.state.best_model_checkpoint)
-        if reason := damage(Path(best)):
+        best = self.state.best_model_checkpoint
+        if best and self.args.load_best_model_at_end and (reason := damage(Path(best))):
             logger.warning("%s: %s; the last model is kept, not the best", best, reason)
             self.state.best_model_checkpoint = None
-        else:
-            super()._load_best_model()
+        return super()._finalize_training(trial, *args)
 
     # ---------------------------------------------------------------- writing
 
@@ -245,8 +261,8 @@ class ResumableTrainer(Trainer):
         }
         (folder / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
         Path(str(output_dir or self.args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)  # pickled
 
     @property
@@ -271,24 +287,22 @@ class ResumableTrainer(Trainer):
 
     # ---------------------------------------------------------------- reading
 
-    def _load_callback_state(self) -> None:
+    def _restore_callbacks(self, checkpoint: Path) -> None:
         """Counters go on (early stopping's patience); what the callbacks were made with is this run's."""
         states: Any = self.state.stateful_callbacks
         for callback in self._stateful_callbacks:
             if saved := states.get(type(callback).__name__):
                 vars(callback).update(saved.pop(0)["attributes"])
-        best = Path(self._resumed_from).parent / f"checkpoint-{self._best_step}"
+        best = checkpoint.parent / f"checkpoint-{self._best_step}"
         if best.is_dir():  # where it is now: the folder may have been moved
             self.state.best_model_checkpoint = str(best)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self._has_shards:
-            return super()._load_optimizer_and_scheduler(checkpoint)
+    def _restore_optimizer(self, checkpoint: Path) -> None:
         decay = [group["weight_decay"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(load_state(Path(checkpoint, OPTIMIZER)))
+        self.optimizer.load_state_dict(load_state(checkpoint / OPTIMIZER))
         scheduler = self.lr_scheduler
         rates = getattr(scheduler, "base_lrs", [])
-        scheduler.load_state_dict(load_state(Path(checkpoint, SCHEDULER)))
+        scheduler.load_state_dict(load_state(checkpoint / SCHEDULER))
         if isinstance(scheduler, LambdaLR):  # the settings are this run's, where it may change them
             scheduler.base_lrs = rates
             rules = zip(rates, scheduler.lr_lambdas, strict=True)
@@ -296,11 +310,8 @@ class ResumableTrainer(Trainer):
             groups = zip(self.optimizer.param_groups, rates, scheduler._last_lr, decay, strict=True)
             for group, rate, now, weight_decay in groups:
                 group.update(initial_lr=rate, lr=now, weight_decay=weight_decay)
-        return None
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint and self.accelerator.scaler is not None and Path(checkpoint, f"{SCALER}.json").is_file():
-            self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint, SCALER)))
+        if self.accelerator.scaler is not None and Path(checkpoint, f"{SCALER}.json").is_file():
+            self.accelerator.scaler.load_state_dict(load_state(checkpoint / SCALER))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:

@@ -129,10 +129,9 @@ class PackedTrainer(GuardedTrainer):
         )
         return self._loader(sequences, sampler)
 
-    def _prepare_for_training(self, *args: Any) -> Any:
-        prepared = super()._prepare_for_training(*args)
+    def begin(self) -> None:
+        super().begin()
         fitting.fit(self)
-        return prepared
 
     def _streamed_steps(self) -> Iterator[Step]:
         """This rank's share of each step, from where the data was left.

@@ -18,10 +18,16 @@ class PreferenceConfig(BaseConfig):
 
     sections: ClassVar[dict[str, str]] = BaseConfig.sections | {"beta": "Preference optimisation"}
 
-    beta: float = Field(0.1, gt=0, description="Strength of the preference; higher stays closer to the reference")
-    max_prompt_length: int = Field(256, ge=1, description="Longest prompt, in tokens; longer ones lose their beginning")
+    beta: float = Field(
+        default=0.1, gt=0, description="Strength of the preference; higher stays closer to the reference"
+    )
+    max_prompt_length: int = Field(
+        default=256, ge=1, description="Longest prompt, in tokens; longer ones lose their beginning"
+    )
     max_length: int | None = Field(
-        None, ge=8, description="Longest prompt with answer, in tokens; longer answers are cut; null: max_seq_length"
+        default=None,
+        ge=8,
+        description="Longest prompt with answer, in tokens; longer answers are cut; null: max_seq_length",
     )
 
     @property
@@ -32,7 +38,8 @@ class PreferenceConfig(BaseConfig):
 class ReferenceConfig(PreferenceConfig):
     """Methods that compare the policy with a reference: the model as it is before training, unless another is named."""
 
-    ref_model_name: Text | None = Field(None, description="Reference model; null: the model before training")
+    ref_model_name: Text | None = Field(default=None, description="Reference model; null: the model before training")
     precompute_reference: bool = Field(
-        False, description="Compute the reference's log-probabilities once, before training, and keep them on disk"
+        default=False,
+        description="Compute the reference's log-probabilities once, before training, and keep them on disk",
     )

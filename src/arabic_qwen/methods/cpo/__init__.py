@@ -20,14 +20,19 @@ class CPOConfig(PreferenceConfig):
         "simpo_gamma": (lambda config: config.loss_type == "simpo", "it is the margin of loss_type simpo"),
     }
 
-    learning_rate: float = Field(5e-7, gt=0, description="Peak learning rate")
-    cpo_alpha: float = Field(1.0, ge=0, description="Weight of the chosen answer's negative log-likelihood")
+    learning_rate: float = Field(default=5e-7, gt=0, description="Peak learning rate")
+    cpo_alpha: float = Field(default=1.0, ge=0, description="Weight of the chosen answer's negative log-likelihood")
     simpo_gamma: float = Field(
-        1.0, ge=0, description="Target margin of loss_type simpo, in units of reward; without effect in the others"
+        default=1.0,
+        ge=0,
+        description="Target margin of loss_type simpo, in units of reward; without effect in the others",
     )
-    loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = Field("sigmoid", description="Form of the pairwise term")
+    loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = Field(
+        default="sigmoid", description="Form of the pairwise term"
+    )
     negatives: Literal["mean", "softmax"] = Field(
-        "mean", description="Several rejected answers: mean over pairs, or one softmax over all (loss_type sigmoid)"
+        default="mean",
+        description="Several rejected answers: mean over pairs, or one softmax over all (loss_type sigmoid)",
     )
     label_smoothing: LabelSmoothing = 0.0
 

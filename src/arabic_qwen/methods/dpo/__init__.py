@@ -41,10 +41,10 @@ class DPOConfig(ReferenceConfig):
         "beta": (lambda config: config.loss_type != "sft", "loss_type sft has no preference term"),
     }
 
-    learning_rate: float = Field(5e-7, gt=0, description="Peak learning rate")
-    loss_type: DPOLoss = Field("sigmoid", description="Form of the loss, by TRL's names")
+    learning_rate: float = Field(default=5e-7, gt=0, description="Peak learning rate")
+    loss_type: DPOLoss = Field(default="sigmoid", description="Form of the loss, by TRL's names")
     label_smoothing: LabelSmoothing = 0.0
-    discopop_tau: float = Field(0.05, gt=0, le=1, description="Temperature of loss_type discopop")
+    discopop_tau: float = Field(default=0.05, gt=0, le=1, description="Temperature of loss_type discopop")
 
     def notices(self) -> list[str]:
         said = super().notices()

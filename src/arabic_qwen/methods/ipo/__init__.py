@@ -16,14 +16,18 @@ class IPOConfig(ReferenceConfig):
     """Identity preference optimisation (Azar et al., 2310.12036)."""
 
     method: ClassVar[str] = "ipo"
-    learning_rate: float = Field(5e-7, gt=0, description="Peak learning rate")
+    learning_rate: float = Field(default=5e-7, gt=0, description="Peak learning rate")
     acts_where: ClassVar[dict[str, Condition]] = ReferenceConfig.acts_where | {
         "beta": (lambda config: False, "in IPO it only scales the rewards that are reported; tau is its strength")
     }
 
-    beta: float = Field(0.1, gt=0, description="Scale of the reported rewards, and nothing else; tau is what acts")
+    beta: float = Field(
+        default=0.1, gt=0, description="Scale of the reported rewards, and nothing else; tau is what acts"
+    )
     tau: float = Field(
-        0.1, gt=0, description="Strength of the preference: the log-ratio margin per token is drawn to 1 / (2 tau)"
+        default=0.1,
+        gt=0,
+        description="Strength of the preference: the log-ratio margin per token is drawn to 1 / (2 tau)",
     )
     label_smoothing: LabelSmoothing = 0.0
 

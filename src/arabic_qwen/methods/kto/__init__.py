@@ -17,11 +17,11 @@ class KTOConfig(ReferenceConfig):
     """Kahneman-Tversky optimisation (Ethayarajh et al., 2402.01306): answers that are good or bad, not pairs."""
 
     method: ClassVar[str] = "kto"
-    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate")
-    desirable_weight: float = Field(1.0, ge=0, description="Weight of desirable answers")
-    undesirable_weight: float = Field(1.0, ge=0, description="Weight of undesirable answers")
+    learning_rate: float = Field(default=1e-6, gt=0, description="Peak learning rate")
+    desirable_weight: float = Field(default=1.0, ge=0, description="Weight of desirable answers")
+    undesirable_weight: float = Field(default=1.0, ge=0, description="Weight of undesirable answers")
     unpair_preferences: bool = Field(
-        False, description="Also read chosen/rejected pairs, each as a good and a bad answer"
+        default=False, description="Also read chosen/rejected pairs, each as a good and a bad answer"
     )
 
 

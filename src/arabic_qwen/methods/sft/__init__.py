@@ -17,7 +17,7 @@ class SFTConfig(BaseConfig):
     sections: ClassVar[dict[str, str]] = BaseConfig.sections | {"packing": "Supervised fine-tuning"}
 
     packing: bool = Field(
-        True, description="A training sequence is max_seq_length tokens of several examples, kept apart"
+        default=True, description="A training sequence is max_seq_length tokens of several examples, kept apart"
     )
 
     @property
