@@ -90,11 +90,10 @@ ELSEWHERE = {
     "report_to": "tests/runs/test_report.py",
     "ddp_backend": "tests/methods/test_objectives.py",
     "deepspeed": "tests/training/test_base_trainer.py",
-    "length_column_name": "tests/data/test_loaders.py",
+    "length_column_name": "tests/training/test_base_trainer.py",
     "group_by_length": "tests/packing/test_sampler.py",
     "ref_model_name": "tests/models/test_reference.py",
     "precompute_reference": "tests/models/test_reference.py",
-    "packing": "tests/data/test_loaders.py",
     "unpair_preferences": "tests/data/test_preferences.py",
 }
 

@@ -51,7 +51,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(model_dir, sft_file, tmp_p
     with pytest.raises(KeyboardInterrupt):
         interrupted.train()
     resumed, again = trained_weights(streamed(model_dir, sft_file, tmp_path / "cut", **values))
-    assert again.trainer._initial_global_step == stop
+    assert str(again.trainer._resumed_from).endswith(f"checkpoint-{stop}")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert again.dataset["train"].counts == trainer.dataset["train"].counts
     epochs = [[entry["epoch"] for entry in t.trainer.state.log_history if "loss" in entry] for t in (trainer, again)]
@@ -79,7 +79,7 @@ def test_kto_goes_on_in_a_window_with_one_prompt(model_dir, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         run(config.model_copy(update={"callbacks": [StopAfter(5)]}))
     resumed, again = run(config)
-    assert again.trainer._initial_global_step == 5
+    assert str(again.trainer._resumed_from).endswith("checkpoint-5")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
@@ -125,7 +125,7 @@ class TestBadRows:
             BaseTrainer(config).train()
         trainer = BaseTrainer(config.model_copy(update={"resume_changed": True}))
         trainer.train()  # with the row corrected, it goes on
-        assert trainer.trainer._initial_global_step == 2
+        assert str(trainer.trainer._resumed_from).endswith("checkpoint-2")
         assert len((tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()) == 1
 
     def test_it_goes_on_when_more_are_allowed(self, model_dir, data, tmp_path, monkeypatch):
@@ -135,7 +135,7 @@ class TestBadRows:
             BaseTrainer(config).train()
         trainer = BaseTrainer(config.model_copy(update={"max_bad_rows": 2}))
         trainer.train()
-        assert trainer.trainer._initial_global_step == 2
+        assert str(trainer.trainer._resumed_from).endswith("checkpoint-2")
         assert trainer.data_loader.bad_rows.places == [f"{data}:3", f"{data}:8"]
 
     def test_each_counts_once_over_passes_and_resumes(self, model_dir, data, tmp_path, monkeypatch):

@@ -137,8 +137,9 @@ def test_a_file_of_the_users(unregistered, yaml_file, monkeypatch, capsys, tmp_p
     assert f"{config}:1: method: 'dpop' is unknown; choose one of sft, dpo" in err
     assert "--plugin" in err
     plugin = EXAMPLES / "dpop.py"
-    code, _, err = in_process(monkeypatch, capsys, "train", config, "--plugin", plugin)
+    code, out, err = in_process(monkeypatch, capsys, "train", config, "--plugin", plugin)
     assert code == 0, err
+    assert f"arabic-qwen chat {tmp_path / 'run'} --plugin {plugin}" in out
     code, out, _ = in_process(
         monkeypatch, capsys, "compare", tmp_path / "run", "--plugin", plugin, "--count", 1, "--json"
     )

@@ -584,7 +584,8 @@ class TestCustomMethod:
         caplog.set_level(logging.INFO)
         trainer = CustomTrainer(config)
         trainer.train()
-        assert {"input_ids", "attention_mask", "labels"} <= set(trainer.dataset["train"].column_names)
+        expected = {"input_ids", "attention_mask", "labels", trainer.config.length_column_name}
+        assert expected <= set(trainer.dataset["train"].column_names)
         assert trainer.metrics["eval_loss"] > 0
         assert Path(config.output_dir, "adapter_model.safetensors").is_file()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -152,7 +153,8 @@ def train(
         print(f"{name} {value:.4f}")
     folder = settings.resolved_output_dir
     print(f"model, README.md, metrics.jsonl and loss_curve.png: {folder}")
-    print(f"talk to it: arabic-qwen chat {folder}")
+    own = "".join(f" --plugin {shlex.quote(file)}" for file in plugin or [])
+    print(f"talk to it: arabic-qwen chat {folder}{own}")
 
 
 @app.command(epilog="Example: arabic-qwen plan dpo.yaml load_in_4bit=true --gpu 'RTX 3060'")

@@ -64,7 +64,7 @@ class Method:
     def name(self) -> str:
         return self.config.method
 
-    @property
+    @functools.cached_property
     def reader(self) -> Reader:
         from arabic_qwen.data.conversations import read_conversation
         from arabic_qwen.data.preferences import to_feedback, to_pair
