@@ -58,3 +58,12 @@ def average_rewards(policy: torch.Tensor, num_targets: torch.Tensor, *, beta: fl
         [C] rewards.
     """
     return beta * at_least_float32(policy.detach()) / num_targets
+
+
+def mean_by_group(values: torch.Tensor, group: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Means of values [M] over those of each group [num_groups]; 0 for a group without any."""
+    sums = values.new_zeros(num_groups).index_add(0, group, values)
+    counts = values.new_zeros(num_groups).index_add(
+        0, group, torch.ones_like(values)
+    )  # bincount would wait for the GPU
+    return sums / counts.clamp(min=1)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from arabic_qwen.methods.margins import mean_by_group
+
 
 @dataclasses.dataclass
 class Scores:
@@ -158,13 +160,9 @@ def _pair_sums(scores: Scores, losses: Losses) -> Sums:
     groups = len(scores.tags)
     of_chosen, of_rejected = scores.split(scores.completion_group)
 
-    def mean(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-        count = values.new_zeros(groups).index_add(0, group, torch.ones_like(values))
-        return values.new_zeros(groups).index_add(0, group, values) / count.clamp(min=1)
-
     def means(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         chosen, rejected = scores.split(values.double())
-        return mean(chosen, of_chosen), mean(rejected, of_rejected)
+        return mean_by_group(chosen, of_chosen, groups), mean_by_group(rejected, of_rejected, groups)
 
     chosen, rejected = means(rewards)
     chosen_logps, rejected_logps = means(scores.policy.detach())
@@ -180,7 +178,7 @@ def _pair_sums(scores: Scores, losses: Losses) -> Sums:
         "rewards/chosen": chosen.sum(),
         "rewards/rejected": rejected.sum(),
         "rewards/margins": margin.sum(),
-        "rewards/accuracies": torch.where(some, mean(won, of_rejected), 0.0).sum(),
+        "rewards/accuracies": torch.where(some, mean_by_group(won, of_rejected, groups), 0.0).sum(),
         "logps/chosen": chosen_logps.sum(),
         "logps/rejected": rejected_logps.sum(),
         "_margin²": margin.square().sum(),

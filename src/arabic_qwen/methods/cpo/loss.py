@@ -7,7 +7,15 @@ from collections.abc import Callable
 import torch
 
 from arabic_qwen.methods.cpo import CPOConfig
-from arabic_qwen.methods.margins import at_least_float32, average_rewards, hinge, length_average, logistic, squared
+from arabic_qwen.methods.margins import (
+    at_least_float32,
+    average_rewards,
+    hinge,
+    length_average,
+    logistic,
+    mean_by_group,
+    squared,
+)
 from arabic_qwen.methods.objective import PAIRS, Losses, Objective, Scores
 from arabic_qwen.methods.sft.loss import chosen_nll
 
@@ -25,19 +33,12 @@ LENGTH_AVERAGED = frozenset({"ipo", "simpo"})
 NEGATIVES = ("mean", "softmax")
 
 
-def _mean_by_row(values: torch.Tensor, row: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Means of values [M] over those of each row [num_rows]; 0 for a row without any."""
-    sums = values.new_zeros(num_rows).index_add(0, row, values)
-    counts = values.new_zeros(num_rows).index_add(0, row, torch.ones_like(values))  # bincount would wait for the GPU
-    return sums / counts.clamp(min=1)
-
-
 def _softmax_loss(margin: torch.Tensor, row: torch.Tensor, num_rows: int, epsilon: float) -> torch.Tensor:
     """Cross entropy of each row's softmax over 1 + K completions, from margins [M] of the first over the others."""
     largest = margin.new_zeros(num_rows).scatter_reduce(0, row, -margin.detach(), "amax")  # among them y_c's own, 0
     others = margin.new_zeros(num_rows).index_add(0, row, torch.exp(-margin - largest[row]))
     loss = largest + torch.log1p(torch.expm1(-largest) + others)  # log(1 + Σ exp(−margin))
-    return loss + epsilon * _mean_by_row(margin, row, num_rows)
+    return loss + epsilon * mean_by_group(margin, row, num_rows)
 
 
 def cpo_loss(
@@ -104,7 +105,7 @@ def cpo_loss(
         loss = _softmax_loss(beta * margin, rejected_group, num_rows, label_smoothing)
     else:
         pairwise = CPO_LOSSES[loss_type](margin, beta, simpo_gamma, label_smoothing)
-        loss = _mean_by_row(pairwise, rejected_group, num_rows)
+        loss = mean_by_group(pairwise, rejected_group, num_rows)
     if cpo_alpha:
         assert mean_chosen_length is not None, "pass the step's mean_chosen_length"
         loss = loss + cpo_alpha * chosen_nll(policy_chosen, mean_length=mean_chosen_length)
